@@ -1,0 +1,250 @@
+"""FreqKV: a KV cache of constant size, compressed along the sequence in the frequency domain.
+
+Kai et al., ICLR 2026, arXiv 2505.00570. Defines the schedule (`FreqKVConfig`), the compression
+(`compress`) and two forms of one function: `FreqKVAttention`, a whole sequence in one
+differentiable call, and `FreqKVCache`, any number of tokens a call in buffers of fixed size. Any
+model's attention may call either, attend(layer, q, k, v, rope), with q, k, v unrotated and
+rope(x, start, inverse=False) to rotate x [..., T, D] as positions start and on, or to undo that.
+Shapes: B batch, H query heads, K kv heads (H a multiple of K), T new tokens, D head dimension,
+N window (slots), S sinks, R recent, L slots of the span that a round keeps.
+
+The first N tokens are ordinary causal attention. A token that finds all N slots taken sets off a
+round of compression, which frees `stride` slots:
+
+    | S sinks |              span              | R recent |     before: N slots taken
+    | S sinks | L = int(ratio span) | R recent |   stride |     after, the last `stride` free
+
+Positions are slots, not places in the text, so none ever exceeds the pre-trained window; keys are
+compressed before rotation. Later rounds compress again what earlier ones left: after r of them a
+passage of n tokens has about n * ratio^r slots. Memory is bounded, and so is what it can recall.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dct import lowpass_halves, no_autocast
+
+__all__ = ["FreqKVAttention", "FreqKVCache", "FreqKVConfig", "compress", "newest"]
+
+Operator = Callable[[Tensor, int], Tensor]  # x [..., n, D], keep -> [..., keep, D]
+Rope = Callable[..., Tensor]  # rope(x, start, inverse=False)
+
+
+@dataclass(frozen=True)
+class FreqKVConfig:
+    """The schedule; ValueError for an impossible one. Defaults: the paper's, for LLaMA-2."""
+
+    window: int = 4096  # N: slots a layer; at most the pre-trained context length, in tokens
+    sinks: int = 4  # S: tokens at the start of the text that are never compressed
+    ratio: float = 0.5  # share of the span that a round keeps, 0 <= ratio < 1
+    recent: int = 0  # R: newest tokens that a round leaves as they are
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sinks", "recent"):
+            if type(value := getattr(self, name)) is not int or value < 0:
+                raise ValueError(f"{name}: was {value!r}, must be a whole number, 0 or more")
+        if self.span < 1:
+            kept = self.sinks + self.recent
+            raise ValueError(f"sinks + recent: was {kept}, must be below window, {self.window}")
+        if not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: was {self.ratio!r}, must be a number in [0, 1)")
+
+    @property
+    def span(self) -> int:
+        """Slots that a round compresses."""
+        return self.window - self.sinks - self.recent
+
+    @property
+    def keep(self) -> int:
+        """L, the slots that a round compresses the span to."""
+        return int(self.ratio * self.span)
+
+    @property
+    def stride(self) -> int:
+        """Slots that a round frees, 1 or more (ratio < 1): the tokens admitted until the next."""
+        return self.span - self.keep
+
+    def rounds(self, tokens: int) -> int:
+        """Rounds of compression that reading `tokens` tokens takes."""
+        return -(-max(tokens - self.window, 0) // self.stride)
+
+    def slots(self, tokens: int) -> int:
+        """Slots in use once `tokens` tokens have been read."""
+        return tokens - self.rounds(tokens) * self.stride
+
+
+def compress(x: Tensor, keep: int) -> Tensor:
+    """The low band of x [..., n, D] along its sequence, as `keep` samples [..., keep, D].
+
+    Equals `dct.lowpass_matrix(n, keep) @ x` (paper, section 3) at half the arithmetic: sums of
+    samples that mirror each other hold the even frequencies, differences the odd ones. Computed in
+    float32 or wider, returned in the dtype of x.
+    """
+    n = x.shape[-2]
+    half = (n + 1) // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = lowpass_halves(n, keep, wide, x.device)
+    with no_autocast(x):
+        front, back = x[..., :half, :].to(wide), x[..., n - half :, :].to(wide).flip(-2)
+        even, odd = a @ (front + back), b @ (front - back)
+        # The output mirrors too; the middle sample of an odd `keep` is in the first half.
+        y = torch.cat((even + odd, (even - odd)[..., : keep // 2, :].flip(-2)), dim=-2)
+    return y.to(x.dtype)
+
+
+def newest(x: Tensor, keep: int) -> Tensor:
+    """The last `keep` samples of x [..., n, D]: eviction, the baseline (arXiv 2309.17453)."""
+    return x[..., x.shape[-2] - keep :, :]
+
+
+class FreqKVAttention:
+    """The parallel form. `operator` is what a round does to the span, keys and values alike."""
+
+    def __init__(self, config: FreqKVConfig, operator: Operator = compress) -> None:
+        self.config, self.operator = config, operator
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """Unrotated q [B, H, T, D]; k, v [B, K, T, D] to out [B, H, T, D]."""
+        _check_shapes(q, k, v)
+        start, stop, end = 0, min(self.config.window, q.shape[-2]), q.shape[-2]
+        keys, values, outs = k[:, :, :stop], v[:, :, :stop], []  # the slots, unrotated
+        while True:
+            # The newest of the slots are start .. stop-1 of the text.
+            q_chunk = rope(q[:, :, start:stop], keys.shape[-2] - (stop - start))
+            outs.append(_attend(q_chunk, rope(keys, 0), values))
+            if stop == end:
+                return torch.cat(outs, dim=-2)
+            start, stop = stop, min(stop + self.config.stride, end)
+            keys, values = (
+                torch.cat((_round(x, self.config, self.operator), new[:, :, start:stop]), dim=-2)
+                for x, new in ((keys, k), (values, v))
+            )
+
+
+class FreqKVCache:
+    """The recurrent form: reads a text, in calls of any length, into N slots a layer.
+
+    Buffers are allocated at the first call, from what it meets; nothing grows with the text. There
+    is no gradient and no padding: the rows of a batch advance together. Keys are stored rotated, as
+    a slot's position holds between rounds: a step of decoding is plain attention over the slots.
+    """
+
+    def __init__(self, config: FreqKVConfig, operator: Operator = compress) -> None:
+        self.config, self.operator = config, operator
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text and free the buffers."""
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> k, v [B, K, N, D]
+        self._seen: dict[int, int] = {}  # layer -> tokens read; equal between calls of the model
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the text read so far."""
+        return next(iter(self._seen.values()), 0)
+
+    @property
+    def slots(self) -> int:
+        """Slots in use, at most N."""
+        return self.config.slots(self.tokens_seen)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of compression so far."""
+        return self.config.rounds(self.tokens_seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, whatever the length of the text."""
+        return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
+
+    @torch.no_grad()
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """Unrotated q [B, H, T, D]; k, v [B, K, T, D] to out [B, H, T, D]."""
+        _check_shapes(q, k, v)
+        keys, values = self._buffers.get(layer) or self._allocate(layer, k, v)
+        if k[:, :, :0].shape != keys[:, :, :0].shape or k.dtype != keys.dtype:
+            was, must = (f"{tuple(x.shape)} {x.dtype}" for x in (k, keys))
+            raise ValueError(f"k: was {was}, must fit the slots, {must}; reset() for a new batch")
+        out, start = torch.empty_like(q), 0
+        while start < q.shape[-2]:
+            used = self.config.slots(self._seen[layer])
+            if used == self.config.window:
+                self._compress(keys, values, rope)
+                used -= self.config.stride
+            new = slice(start, min(start + self.config.window - used, q.shape[-2]))
+            start, filled = new.stop, used + new.stop - start
+            keys[:, :, used:filled] = rope(k[:, :, new], used)
+            values[:, :, used:filled] = v[:, :, new]
+            taken = keys[:, :, :filled], values[:, :, :filled]
+            out[:, :, new] = _attend(rope(q[:, :, new], used), *taken)
+            self._seen[layer] += filled - used
+        return out
+
+    @torch.inference_mode(False)  # slots made inside that mode could not be written outside it
+    def _allocate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*k.shape[:2], self.config.window, k.shape[-1])
+        self._buffers[layer], self._seen[layer] = (k.new_zeros(shape), v.new_zeros(shape)), 0
+        return self._buffers[layer]
+
+    def _compress(self, keys: Tensor, values: Tensor, rope: Rope) -> None:
+        changed = slice(self.config.sinks, self.config.window - self.config.stride)
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))  # rounded once, at the end
+        unrotated = _round(rope(wide, 0, inverse=True), self.config, self.operator)
+        keys[:, :, changed] = rope(unrotated, 0)[:, :, changed]
+        values[:, :, changed] = _round(values, self.config, self.operator)[:, :, changed]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies: config, layers [n, 2] (id, tokens), k (rotated) and v [n, B, K, slots, D]."""
+        config = torch.tensor(astuple(self.config), dtype=torch.float64)
+        k = torch.stack([keys[:, :, : self.slots] for keys, _ in self._buffers.values()])
+        v = torch.stack([values[:, :, : self.slots] for _, values in self._buffers.values()])
+        return {"config": config, "layers": torch.tensor([*self._seen.items()]), "k": k, "v": v}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state_dict`, in its dtype, on its device; ValueError for a wrong one."""
+        if missing := {"config", "layers", "k", "v"} - state.keys():
+            raise ValueError(f"saved cache: was without {min(missing)}, must be whole")
+        if (was := state["config"].tolist()) != [*astuple(self.config)]:
+            raise ValueError(f"saved cache: was of {was}, must be of {self.config}")
+        seen, k, v = dict(state["layers"].tolist()), state["k"], state["v"]
+        slots = self.config.slots(max(seen.values()))
+        if k.shape != v.shape or k.ndim != 5 or (len(k), k.shape[3]) != (len(seen), slots):
+            raise ValueError(f"saved cache: k was {[*k.shape]}, must be [n, B, K, {slots}, D]")
+        new = FreqKVCache(self.config)
+        for i, layer in enumerate(seen):
+            keys, values = new._allocate(layer, k[i], v[i])
+            keys[:, :, :slots], values[:, :, :slots] = k[i], v[i]
+        self._buffers, self._seen = new._buffers, seen
+
+
+def _round(x: Tensor, config: FreqKVConfig, operator: Operator) -> Tensor:
+    """One round of compression of full slots x, unrotated: [..., N, D] -> [..., N - stride, D]."""
+    sinks, span, recent = x.tensor_split((config.sinks, config.sinks + config.span), dim=-2)
+    return torch.cat((sinks, operator(span, config.keep), recent), dim=-2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
+
+    Query t sees positions up to n - T + t. The flag is_causal means the upper left corner: T = n.
+    """
+    time, n, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
+    mask: Tensor | None = None
+    if 1 < time < n and q.is_cuda:  # the flash kernel needs no mask in memory
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
+
+        mask = causal_lower_right(time, n)
+    elif 1 < time < n:
+        mask = torch.ones(time, n, dtype=torch.bool, device=q.device).tril(n - time)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < time == n, enable_gqa=gqa)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q[:, :1].shape != k[:, :1].shape or v.shape != k.shape or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v: were {shapes}, must be [B, H, T, D], [B, K, T, D] twice")

@@ -1,0 +1,300 @@
+"""LLaMA: configuration, rotary positions, attention, block, forward. Needs only torch.
+
+Llama 2, 3, 3.1, 3.2, 3.3 and models of the same architecture (Touvron et al., arXiv 2307.09288;
+Grattafiori et al., arXiv 2407.21783). Parameter names are those of the published safetensors less
+their prefix `model.`, and RoPE is in the half-split layout of the same files. Reads no files
+(weights/ does), and knows no KV cache but a plain one.
+
+Attention is a strategy. Every layer hands its *unrotated* projections to one callable,
+
+    attend(layer, q, k, v, rope) -> out
+
+which owns positions, masks and whatever it remembers: `causal_attention` and `FullCache` here, or
+any other with that signature. `rope(x, start=0, inverse=False)` rotates x as positions
+start .. start+T-1.
+
+Shapes: B batch, T tokens, H query heads, K kv heads, D head dimension, E hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["FullCache", "Llama", "LlamaConfig", "Rope", "RopeScaling", "causal_attention"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model stretches its rotary frequencies; names as in the published config.json.
+
+    "linear" divides all by `factor`; "llama3" (Llama 3.1 and later) those that turn fewer than
+    low_freq_factor times in the original context, none beyond high_freq_factor, a blend between.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"rope_type: was {self.rope_type!r}, must be 'linear' or 'llama3'")
+        for name in ("factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
+                raise ValueError(f"rope_scaling {name}: was {value!r}, must be a number above 0")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError("low_freq_factor: must be above 0 and below high_freq_factor")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What defines a checkpoint; field names as in the published config.json."""
+
+    vocab_size: int  # V
+    hidden_size: int  # E
+    intermediate_size: int  # width of the feed-forward layer
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K; fewer than H is grouped-query attention
+    head_dim: int  # D
+    max_position_embeddings: int  # pre-trained context length, in tokens
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False  # the output layer is the transposed embedding
+
+    def __post_init__(self) -> None:
+        for name in list(self.__dataclass_fields__)[:8]:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 1 << 31:
+                raise ValueError(f"{name}: was {value!r}, must be a whole number, 1 to 2^31 - 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            must = f"divide num_attention_heads, {self.num_attention_heads}"
+            raise ValueError(f"num_key_value_heads: was {self.num_key_value_heads}, must {must}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: was {self.head_dim}, must be even (RoPE turns pairs)")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < 1e30:
+                raise ValueError(f"{name}: was {value!r}, must be a number above 0")
+
+
+class Rope:
+    """Rotary positions (Su et al., arXiv 2104.09864), half-split layout.
+
+    Channels i and i + D/2 form a pair, turned by position * theta^(-2i/D). Tables, float64 rounded
+    to float32, are kept for each device, and grow by doubling.
+    """
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> None:
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+        self.inv_freq = _scale(theta ** (-pairs / head_dim), scaling)  # [D/2], radians a token
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def __call__(self, x: Tensor, start: int = 0, inverse: bool = False) -> Tensor:
+        """Rotate x [..., T, D] as positions start .. start+T-1, or undo it; keeps the dtype."""
+        stop = start + x.shape[-2]
+        cos, sin = self._table(x.device, stop)[:, start:stop]
+        if inverse:
+            sin = -sin
+        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+    def _table(self, device: torch.device, stop: int) -> Tensor:
+        """cos and sin of all angles up to position stop, [2, at least stop, D/2]."""
+        table = self._tables.get(device)
+        if table is None or table.shape[1] < stop:
+            # Out of inference mode: a table made inside it could not be used in training later.
+            with torch.inference_mode(False), torch.no_grad():
+                length = max(256, 1 << (stop - 1).bit_length())
+                positions = torch.arange(length, dtype=torch.float64, device="cpu")
+                angles = positions[:, None] * self.inv_freq
+                table = torch.stack((angles.cos(), angles.sin())).float().to(device)
+            self._tables[device] = table
+        return table
+
+
+def _scale(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:
+    if scaling is None:
+        return inv_freq
+    if scaling.rope_type == "linear":
+        return inv_freq / scaling.factor
+    turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, divided
+    return inv_freq * (share + (1 - share) / scaling.factor)
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Rope], Tensor]
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    """The strategy of a plain LLaMA: the whole text in one call, positions from 0, no memory."""
+    return _attend(rope(q), rope(k), v)
+
+
+class FullCache:
+    """The plain KV cache: remembers all of up to `capacity` tokens. Keys are stored rotated."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text and free the buffers."""
+        self._kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> k, v [B, K, capacity, D]
+        self._seen: dict[int, int] = {}  # layer -> tokens read
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the text read so far."""
+        return self._seen.get(0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(t.nbytes for pair in self._kv.values() for t in pair)
+
+    @torch.no_grad()
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """q [B, H, T, D], k and v [B, K, T, D], unrotated; ValueError beyond the capacity."""
+        if layer not in self._kv:
+            shape = (*k.shape[:2], self.capacity, k.shape[-1])
+            with torch.inference_mode(False):  # writable outside that mode too
+                self._kv[layer], self._seen[layer] = (k.new_empty(shape), v.new_empty(shape)), 0
+        start = self._seen[layer]
+        stop = start + k.shape[-2]
+        if stop > self.capacity:
+            raise ValueError(f"text: was {stop} tokens, must be at most capacity, {self.capacity}")
+        keys, values = self._kv[layer]
+        if k[:, :, :0].shape != keys[:, :, :0].shape:
+            raise ValueError(f"k: was {tuple(k.shape)}, must fit the cache, {tuple(keys.shape)}")
+        keys[:, :, start:stop], values[:, :, start:stop] = rope(k, start), v
+        self._seen[layer] = stop
+        return _attend(rope(q, start), keys[:, :, :stop], values[:, :, :stop])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
+
+    Query t sees positions up to n - T + t. The flag is_causal means the upper left corner: T = n.
+    """
+    time, n, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
+    mask: Tensor | None = None
+    if 1 < time < n and q.is_cuda:  # the flash kernel needs no mask in memory
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
+
+        mask = causal_lower_right(time, n)
+    elif 1 < time < n:
+        mask = torch.ones(time, n, dtype=torch.bool, device=q.device).tril(n - time)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < time == n, enable_gqa=gqa)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the root mean square over channels in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections in and out; what happens between them is the strategy's business."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layer: int, rope: Rope, attend: Attend) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, T, D]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attend(layer, q, k, v, rope)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, rope: Rope, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layer, rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The model: tokens to logits, attention by the strategy that the caller passes.
+
+    A tied output layer has no parameter of its own: `lm_head` is then None.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else head
+        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.gradient_checkpointing = False  # compute a layer again in backward, to save memory
+
+    def forward(self, tokens: Tensor, attend: Attend = causal_attention) -> Tensor:
+        """Logits [B, T, V] of the next token after each of tokens [B, T]."""
+        return self.logits(self.hidden(tokens, attend))
+
+    def hidden(self, tokens: Tensor, attend: Attend = causal_attention) -> Tensor:
+        """Hidden states [B, T, E] after the last norm; ValueError unless tokens are [B, T]."""
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            was = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise ValueError(f"tokens: were {was}, must be integers [batch, time]")
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, index, self.rope, attend, use_reentrant=False)
+            else:
+                x = layer(x, index, self.rope, attend)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., E] to logits [..., V]; apart, for a caller that wants the last one only."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
