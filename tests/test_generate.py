@@ -1,0 +1,423 @@
+"""generate.py: sampling, reading, the saved cache, the command line, and every bad input.
+
+Run: pytest tests/test_generate.py
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import cli
+import generate
+from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
+from model import FullCache
+from tests.helpers import ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
+from weights import load_model, load_tokenizer, save_model
+
+CONFIG = FreqKVConfig(window=16, sinks=2)
+STORY = "def compress(x, keep):\n    return x  # once upon a time\n" * 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_checkpoint(folder, max_position_embeddings=600)
+    return folder
+
+
+@pytest.fixture
+def script(checkpoint, capsys):
+    """Run generate.py in this process; its exit code, stdout and stderr."""
+
+    def run(*flags, model=checkpoint):
+        defaults = ["--model", model, "--window", "32", "--max-new-tokens", "12", "--device", "cpu"]
+        argv = [str(flag) for flag in (*defaults, *flags)]
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: generate.main(argv), "generate.py")
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
+
+    return run
+
+
+# Sampling
+
+
+def test_top_k():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    kept = generate.keep_top_k(logits, 2).isfinite()
+    assert kept.tolist() == [[False, True, True, False], [True] * 4]  # ties stay
+    assert_close(generate.keep_top_k(logits, 99), logits)
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.85, [0, 1, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p(p, kept):
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    assert generate.keep_top_p(logits, p).isfinite().nonzero()[:, 1].tolist() == kept
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = generate.sample(logits.expand(20_000, 5), 0.7, generator=generator)
+    shares = torch.bincount(drawn, minlength=5) / 20_000
+    assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=0.02, rtol=0)
+    assert generate.sample(logits, temperature=0).tolist() == [logits.argmax().item()]
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1e-300}, {"temperature": 1e30}, {"top_p": 1e-320}])
+def test_extreme_settings_still_sample(how):
+    logits = torch.tensor([[1e4, 0.0, -1e4]])
+    assert generate.sample(logits, **how).item() in ((0,) if "top_p" in how else (0, 1, 2))
+    assert generate.sample(logits, temperature=1e-300).item() == 0
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match="logits: were not numbers"):
+            generate.sample(torch.tensor([[1.0, torch.nan]]), temperature)
+
+
+# Reading and writing
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_read_equals_the_parallel_form(chunk):
+    model, tokens = tiny_model(), random_tokens(2, 60)
+    last = generate.read(model, tokens, FreqKVCache(CONFIG), chunk)
+    with torch.no_grad():
+        assert_close(last, model(tokens, FreqKVAttention(CONFIG))[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_every_round_reads_the_same_shapes():
+    """Else what libraries keep for each shape of a matrix would grow with the text."""
+    model, cache, shapes = tiny_model(), FreqKVCache(CONFIG), []
+
+    def attend(layer, q, k, v, rope):
+        out = cache(layer, q, k, v, rope)
+        shapes.append((q.shape[2], cache.slots)) if layer == 1 else None
+        return out
+
+    for part in generate.parts(random_tokens(1, 150), cache, 5):
+        model(part, attend)
+    a_round = [(5, 14), (2, 16)]  # 7 tokens move into the slots 9 to 15
+    assert shapes == [(5, 5), (5, 10), (5, 15), (1, 16), *a_round * 19, (1, 10)]
+
+
+def test_greedy_writing_equals_a_naive_loop():
+    model, tokens = tiny_model(), random_tokens(1, 20)
+    for cache in (FreqKVCache(CONFIG), FullCache(60)):
+        logits = generate.read(model, tokens, cache, 8)
+        rows = list(generate.write(model, logits, cache, (), 30, temperature=0))
+        text = tokens
+        for _ in range(30):
+            attend = {} if isinstance(cache, FullCache) else {"attend": FreqKVAttention(CONFIG)}
+            with torch.no_grad():
+                text = torch.cat((text, model(text, **attend)[:, -1].argmax(-1)[:, None]), dim=1)
+        assert [row[0] for row in rows] == text[0, 20:].tolist()
+
+
+def test_rows_stop_one_by_one():
+    model, tokens = tiny_model(), random_tokens(2, 20)
+
+    def written(stop):
+        cache = FreqKVCache(CONFIG)
+        logits = generate.read(model, tokens, cache, 8)
+        return list(generate.write(model, logits, cache, stop, 10, temperature=0))
+
+    free = written(())
+    ends = (free[3][0], free[6][1])
+    rows = written(ends)
+    for row in (0, 1):
+        ids = [step[row] for step in free]
+        first = next(i for i, token in enumerate(ids) if token in ends)
+        made = [step[row] for step in rows]
+        assert made == ids[:first] + [None] * (len(rows) - first)
+    assert len(rows) < 10
+
+
+# The command line
+
+
+def test_same_seed_same_text(script):
+    flags = ("--prompt", STORY, "--top-k", "20", "--top-p", "0.9")
+    first, again, other = (script(*flags, "--seed", seed) for seed in (1, 1, 2))
+    assert first.code == 0
+    assert first.out == again.out != other.out
+
+
+def test_summary_and_streams(script):
+    ran = script("--prompt", STORY, "--temperature", "0")
+    tokens = int(re.search(r"read ([\d,]+) tokens in", ran.err)[1].replace(",", ""))
+    assert f"of 32 slots in use after {tokens + 11} tokens" in ran.err  # the last is not read
+    assert re.search(r"cache: \S+ kB; a full cache would hold \S+ kB", ran.err)
+    assert re.search(r"peak memory \(process\): [\d.]+ [MG]B", ran.err)
+    assert "reading: 100%" in ran.err
+    assert "tokens" not in ran.out
+
+
+@pytest.mark.parametrize("cache", ["freqkv", "window"])
+def test_a_saved_cache_continues_the_text(script, checkpoint, tmp_path, cache):
+    file, flags = tmp_path / "book.safetensors", ("--cache", cache, "--temperature", "0")
+    whole = script("--prompt", STORY + "Q: why?", *flags)
+    saved = script("--prompt", STORY, "--save-cache", file, "--max-new-tokens", "0", *flags)
+    assert (saved.code, saved.out) == (0, "\n")
+    before = file.read_bytes()
+    asked = script("--prompt", "Q: why?", "--load-cache", file, *flags)
+    tokenizer = load_tokenizer(checkpoint)
+    joined = tokenizer.encode(STORY) + tokenizer.encode("Q: why?", bos=False)
+    if joined == tokenizer.encode(STORY + "Q: why?"):  # else the cut changed the tokens
+        assert asked.out == whole.out
+    assert asked.code == 0
+    assert file.read_bytes() == before
+    assert script("--prompt", "Q: why?", "--load-cache", file, *flags).out == asked.out
+
+
+def test_settings_of_a_tuned_model_are_the_defaults(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    (tmp_path / "tuned/freqkv.json").write_text('{"window": 20, "sinks": 1, "attention": "freqkv"}')
+    generate.main(["--model", str(tmp_path / "tuned"), "--prompt", STORY, "--device", "cpu"])
+    assert "of 20 slots" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_saved_text_is_continued_without_a_beginning(checkpoint, chat):
+    tokenizer = load_tokenizer(checkpoint)
+    for saved, first in ((None, True), (Path("book"), False)):
+        args = Namespace(prompt=["why?"], load_cache=saved, chat=chat)
+        row = generate.encode(args, tokenizer)[0].tolist()
+        assert (row[0] == tokenizer.bos_id) == first
+        assert tokenizer.bos_id not in row[1:]
+
+
+def test_many_samples_of_one_reading(script):
+    ran = script("--prompt", STORY, "--num-samples", "3", "--seed", "5")
+    texts = ran.out.split("\n---\n")
+    assert len(texts) == 3
+    assert len(set(texts)) == 3
+    assert ran.err.count("reading: 100%") >= 1
+    for number in (0, 1, 2):  # each as if it were the only one, with a seed of its own
+        single = script("--prompt", STORY, "--seed", 5 + number)
+        assert texts[number].removesuffix("\n") == single.out.removesuffix("\n")
+
+
+def test_a_batch_of_prompts(script):
+    one, two = "def a(x):", "def b(y):"
+    both = script("--prompt", one, "--prompt", two, "--temperature", "0")
+    assert both.code == 0
+    single = [script("--prompt", p, "--temperature", "0").out for p in (one, two)]
+    assert both.out.split("\n---\n") == [single[0].removesuffix("\n"), single[1]]
+
+
+def in_a_process(checkpoint, *flags, stdin=""):
+    """Run generate.py as a user does; one thread, which tiny tensors like best."""
+    command = [sys.executable, "generate.py", "--model", checkpoint, "--window", "32", *flags]
+    return subprocess.run(
+        command,
+        input=stdin.encode(),
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_row_that_ends_at_once(script, monkeypatch):
+    ends = lambda logits, **_: torch.tensor([2, 300][: len(logits)])  # noqa: E731 (2 is </s>)
+    monkeypatch.setattr(generate, "sample", ends)
+    ran = script("--prompt", "def a(x):", "--prompt", "def b(y):", "--max-new-tokens", "3")
+    first, second = ran.out.split("\n---\n")
+    assert (ran.code, first) == (0, "")
+    assert second.strip()
+
+
+def test_stdin_and_prompt_file(checkpoint, tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_bytes(b"\xef\xbb\xbf" + STORY.replace("\n", "\r\n").encode())
+    texts = [
+        in_a_process(checkpoint, "--prompt-file", story).stdout,
+        in_a_process(checkpoint, stdin=STORY).stdout,
+        in_a_process(checkpoint, "--prompt-file", "-", stdin=STORY).stdout,
+    ]
+    assert texts[0]
+    assert len(set(texts)) == 1
+
+
+def test_a_closed_pipe_ends_quietly(checkpoint):
+    command = f"{sys.executable} generate.py --model {checkpoint} --prompt 'def a' | head -c 1"
+    ran = subprocess.run(command, shell=True, capture_output=True, cwd=ROOT)
+    assert b"Traceback" not in ran.stderr
+
+
+def test_chat_stops_at_the_end_of_the_turn(script, monkeypatch):
+    ran = script("--chat", "--prompt", "hello")
+    assert ran.code == 0
+    monkeypatch.setattr(generate, "sample", lambda logits, **_: torch.full((len(logits),), 2))
+    assert script("--prompt", "hello").out == "\n"  # 2 is </s>
+
+
+def test_help_names_every_flag(script):
+    shown = script("--help")
+    assert shown.code == 0
+    flags = """model prompt prompt-file max-new-tokens temperature top-k top-p seed num-samples chat
+        cache window sinks ratio recent chunk save-cache load-cache device dtype"""
+    assert all(f"--{flag}" in shown.out for flag in flags.split())
+
+
+def test_peak_memory_does_not_depend_on_the_text(checkpoint):
+    """The process that reads 30 times the text peaks within 5 % of the other."""
+    peaks = []
+    for times in (20, 600):
+        ran = in_a_process(checkpoint, "--window", "512", stdin=STORY * times)
+        peaks.append(float(re.search(rb"peak memory \(process\): (\S+) MB", ran.stderr)[1]))
+    assert abs(peaks[1] / peaks[0] - 1) < 0.05
+
+
+# Bad input
+
+
+def fails(ran, says):
+    assert ran.code == 2
+    assert re.search(says, ran.err), ran.err
+    lines = [line for line in ran.err.split("\n") if line and "reading" not in line]
+    assert len(lines) == 1
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "nowhere"], "model: was 'nowhere'"),
+        (["--prompt", ""], "prompt: was empty"),
+        (["--prompt", " \n"], "prompt: was empty"),
+        (["--prompt", "def a", "--prompt", "def a(x, y, z)"], r"--prompt: a batch was of \d+, \d+"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--ratio", "1"], "ratio: was 1.0"),
+        (["--ratio", "-0.5"], "ratio: was -0.5"),
+        (["--ratio", "nan"], "ratio: was nan"),
+        (["--ratio", "half"], "--ratio"),
+        (["--sinks", "20", "--recent", "12"], "sinks . recent: was 32, must be below window, 32"),
+        (["--window", "601"], "--window: was 601, must be at most the model's 600"),
+        (["--window", "0"], "--window: was '0'"),
+        (["--temperature", "-1"], "--temperature: was '-1'"),
+        (["--temperature", "nan"], "--temperature: was 'nan'"),
+        (["--top-p", "0"], "--top-p: was '0'"),
+        (["--top-k", "0"], "--top-k: was '0'"),
+        (["--chunk", "0"], "--chunk: was '0'"),
+        (
+            ["--cache", "full", "--prompt", STORY * 3],
+            r"--cache full: .* were \d+, .* 600 positions",
+        ),
+        (["--cache", "full", "--save-cache", "x"], "--cache: was full"),
+        (["--cache", "half"], "--cache"),
+        (["--device", "cuda:99"], "--device: was 'cuda:99'"),
+        (["--device", "toaster"], "--device: was 'toaster'"),
+        (["--device", "meta"], "--device: was 'meta'"),
+        (["--dtype", "int4"], "--dtype"),
+        (["--load-cache", "nowhere"], "--load-cache: was 'nowhere'"),
+        (["--save-cache", "no/such/folder/file"], "--save-cache: was 'no/such/folder/file'"),
+        (["--save-cache", "tests"], "--save-cache: was 'tests'"),
+        (["--save-cache", "README.md"], "--save-cache: README.md was there"),
+        (["--save-cache", "x" * 250], "x: cannot be written"),
+        (["--prompt", "a", "--prompt-file", "README.md"], "not allowed with argument --prompt"),
+        (["--prompt", "\udcffabc"], "--prompt: was .*, must be UTF-8"),
+        (["--seed", "18446744073709551616"], "--seed: was '18446744073709551616'"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_bad_flags(script, flags, says):
+    prompt = [] if "--prompt" in flags or "--prompt-file" in flags else ["--prompt", "def a"]
+    fails(script(*prompt, *flags), says)
+
+
+def test_a_folder_without_a_checkpoint(script, tmp_path):
+    fails(script("--prompt", "a", model=tmp_path), "was a folder without a checkpoint")
+    (tmp_path / "config.json").write_text("{}")
+    fails(script("--prompt", "a", model=tmp_path), "was without a tokenizer")
+
+
+def test_bad_prompt_bytes(script, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    fails(script("--prompt-file", tmp_path / "latin.txt"), r"latin\.txt: was not UTF-8 at byte 3")
+    fails(script("--prompt-file", tmp_path), "directory")
+
+
+def test_a_tokenizer_that_does_not_fit(script, checkpoint, tmp_path):
+    save_model(tiny_model(tiny_config(vocab_size=300)), tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())
+    fails(script("--prompt", "a", model=tmp_path), "tokenizer: was of 400 tokens.* 300")
+
+
+def test_bad_saved_caches(script, checkpoint, tmp_path):
+    file = tmp_path / "book"
+    assert script("--prompt", STORY, "--save-cache", file).code == 0
+    ask = ("--prompt", "why?", "--load-cache", file)
+    assert script(*ask, "--ratio", "0.5").code == 0
+    fails(script(*ask, "--ratio", "0.25"), r"saved cache: was of \[32.* 0\.5.* must be of .*0\.25")
+    fails(script(*ask, "--cache", "window"), "was of --cache freqkv, must be of window")
+    fails(script(*ask, "--prompt", "why?"), "--prompt: was 2 for a cache of 1")
+    with safe_open(file, framework="pt") as content:
+        about = content.metadata()
+    state = load_file(file)
+    for name, value in (("config", torch.ones(3)), ("layers", torch.ones(2)), ("v", None)):
+        spoilt = {k: v for k, v in state.items() if k != name}
+        save_file(spoilt | ({} if value is None else {name: value}), file, metadata=about)
+        fails(script(*ask), "must be whole|was not whole|was without|saved cache")
+    save_file(state, file, metadata=about)
+    save_model(tiny_model(tiny_config(vocab_size=400), seed=7), tmp_path / "other")
+    (tmp_path / "other/tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())
+    fails(script(*ask, model=tmp_path / "other"), "book: was of another model")
+    file.write_bytes(file.read_bytes()[:-9])
+    fails(script(*ask), "book: was not whole")
+
+
+def test_a_failed_save_leaves_the_old_cache(script, tmp_path, monkeypatch):
+    file = tmp_path / "book"
+    script("--prompt", STORY, "--save-cache", file)
+    before = file.read_bytes()
+
+    def fail(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(generate, "save_file", fail)
+    ran = script("--prompt", STORY, "--save-cache", file)
+    assert ran.code == 2
+    assert "No space left" in ran.err
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.stat().st_mode & 0o044  # others may read it
+
+
+def test_closed_and_narrow_streams(checkpoint):
+    command = f"{sys.executable} generate.py --model {checkpoint} --window 32 --prompt 'def a'"
+    for how in ("<&-", ">&-", "2>&-", "| PYTHONIOENCODING=ascii cat"):
+        ran = subprocess.run(f"{command} {how}", shell=True, capture_output=True, cwd=ROOT)
+        assert ran.returncode == 0, how
+        assert b"Traceback" not in ran.stderr
+
+
+# The real model, and a GPU
+
+
+@pytest.mark.cuda
+def test_bf16_generation_past_the_window(checkpoint):
+    model = load_model(checkpoint, torch.bfloat16, "cuda")
+    cache = FreqKVCache(CONFIG)
+    logits = generate.read(model, random_tokens(1, 100, vocab_size=400), cache, 33)
+    rows = list(generate.write(model, logits, cache, (), 40, temperature=0.8))
+    assert len(rows) == 40
+    assert cache.rounds > 5
