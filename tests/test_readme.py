@@ -1,0 +1,40 @@
+"""The README is true: its Python runs, its numbers are the tree's, its flags exist.
+
+Run: pytest tests/test_readme.py
+"""
+
+import re
+import shlex
+
+import pytest
+
+import generate
+from tests.helpers import ROOT, smollm2_path
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_python_runs(monkeypatch, capsys):
+    smollm2_path()
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(block, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == re.search(r"print\(cache.*#(.*)", block)[1].strip()
+    assert printed[1] == "tensor(True)"
+
+
+@pytest.mark.parametrize(("name", "budget"), [("dct", 120), ("freqkv", 250), ("model", 300)])
+def test_lines_and_budgets(name, budget):
+    lines = len((ROOT / f"{name}.py").read_text().splitlines())
+    assert lines <= budget
+    assert f"| [{name}.py]({name}.py) | {lines} |" in README
+
+
+def test_commands_parse():
+    texts = [README, generate.__doc__]
+    commands = re.findall(r"^ *python generate\.py (-.*)$", "\n".join(texts), re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        generate.parser().parse_args(shlex.split(command))
