@@ -1,6 +1,6 @@
 """Train a LLaMA with FreqKV in the loop: pre-train, extend the window, LoRA, instruction-tune.
 
-    python train.py                                           # what comes with it; minutes on a CPU
+    python train.py                                           # built-in model: not there yet
     python train.py --model DIR --data 'books/*.txt' --lora   # the recipe of the paper
     python train.py --out runs/tiny-full --resume             # go on where a run stopped
 
