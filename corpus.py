@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from weights import Tokenizer, chat_tokens, load_tokenizer
-from weights.files import read_json, write_beside
+from weights.files import read_json, write_beside, write_json
 
 IGNORE = -100  # a label that takes no part in the loss
 Args = argparse.Namespace
@@ -258,7 +258,3 @@ def collate(rows: Sequence[Row], device: str) -> Row:
     tokens = pad_sequence([row[0] for row in rows], batch_first=True)
     labels = pad_sequence([row[1] for row in rows], batch_first=True, padding_value=IGNORE)
     return tokens.to(device), labels.to(device)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_beside(path, lambda to: to.write_text(json.dumps(content, indent=2) + "\n"))

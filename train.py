@@ -34,11 +34,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from corpus import IGNORE, Data, Row, collate, read_data, read_tokenizer, write_json
+from corpus import IGNORE, Data, Row, collate, read_data, read_tokenizer
 from freqkv import FreqKVAttention, FreqKVConfig, compress, newest
 from model import Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
-from weights.files import read_json, write_beside
+from weights.files import read_json, write_beside, write_json
 from weights.lora import add_lora, load_adapter, merge_lora, save_adapter
 from weights.safetensors_dir import read_config
 

@@ -1,8 +1,8 @@
-"""Files read with errors that name them, and written beside before they take a name."""
+"""Files read with errors that name them, and written whole: made beside, then renamed."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: was a JSON {type(content).__name__}, must be an object")
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object into a file, whole or not at all."""
+    text = json.dumps(dict(content), indent=2) + "\n"
+    write_beside(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:

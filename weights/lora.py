@@ -11,7 +11,6 @@ An adapter holds what has `requires_grad`, in adapter_config.json and adapter_mo
 which `peft` reads too; freqkv.json holds the settings of FreqKV that it was trained with.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Llama
-from weights.files import read_json, write_beside
+from weights.files import read_json, write_beside, write_json
 
 __all__ = ["LoraLinear", "add_lora", "load_adapter", "merge_lora", "save_adapter"]
 
@@ -123,8 +122,7 @@ def save_adapter(
     write_beside(folder / TENSORS, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
     for name, content in (("freqkv.json", freqkv), (CONFIG, config)):
         if content is not None:
-            text = json.dumps(dict(content), indent=2) + "\n"
-            write_beside(folder / name, lambda to, text=text: to.write_text(text, encoding="utf-8"))
+            write_json(folder / name, content)
 
 
 def load_adapter(model: Llama, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -4,7 +4,6 @@ Reads and writes what Hugging Face's tools read and write. The names are the mod
 prefix `model.`; of tied models lm_head is not stored.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Llama, LlamaConfig, RopeScaling
-from weights.files import read_json, write_beside
+from weights.files import read_json, write_beside, write_json
 from weights.tokenizer import Tokenizer
 
 PREFIX, HEAD = "model.", "lm_head.weight"
@@ -137,11 +136,10 @@ def save_model(model: Llama, path: str | Path, tokenizer: Tokenizer | None = Non
     content = config_json(model.config, next(model.parameters()).dtype)
     if tokenizer is not None:
         content |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    text = json.dumps(content, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     weights_file = folder / "model.safetensors"
     write_beside(weights_file, lambda to: save_file(named, to, metadata={"format": "pt"}))
-    write_beside(folder / "config.json", lambda to: to.write_text(text, encoding="utf-8"))
+    write_json(folder / "config.json", content)
     if tokenizer and tokenizer.made:
         made = tokenizer.made
         write_beside(folder / "tokenizer.json", lambda to: to.write_text(made, encoding="utf-8"))
