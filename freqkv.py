@@ -1,12 +1,10 @@
 """FreqKV: a KV cache of constant size, compressed along the sequence in the frequency domain.
 
-Kai et al., ICLR 2026, arXiv 2505.00570. Defines the schedule (`FreqKVConfig`), the compression
-(`compress`) and two forms of one function: `FreqKVAttention`, a whole sequence in one
-differentiable call, and `FreqKVCache`, any number of tokens a call in buffers of fixed size. Any
-model's attention may call either, attend(layer, q, k, v, rope), with q, k, v unrotated and
-rope(x, start, inverse=False) to rotate x [..., T, D] as positions start and on, or to undo that.
-Shapes: B batch, H query heads, K kv heads (H a multiple of K), T new tokens, D head dimension,
-N window (slots), S sinks, R recent, L slots of the span that a round keeps.
+Kai et al., ICLR 2026, arXiv 2505.00570. The schedule (`FreqKVConfig`), the compression (`compress`)
+and two forms of one function: `FreqKVAttention`, a whole sequence in one differentiable call, and
+`FreqKVCache`, any number of tokens a call. Any model's attention may call attend(layer, q, k, v,
+rope) with q, k, v unrotated; rope(x, start, inverse=False) rotates x as positions from start on.
+Shapes: B batch, H query heads, K kv heads, T new tokens, D head dimension, N slots (the window).
 
 The first N tokens are ordinary causal attention. A token that finds all N slots taken sets off a
 round of compression, which frees `stride` slots:
@@ -20,15 +18,13 @@ passage of n tokens has about n * ratio^r slots. Memory is bounded, and so is wh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dct import lowpass_halves, no_autocast
-
-__all__ = ["FreqKVAttention", "FreqKVCache", "FreqKVConfig", "compress", "newest"]
 
 Operator = Callable[[Tensor, int], Tensor]  # x [..., n, D], keep -> [..., keep, D]
 Rope = Callable[..., Tensor]  # rope(x, start, inverse=False)
@@ -40,18 +36,26 @@ class FreqKVConfig:
 
     window: int = 4096  # N: slots a layer; at most the pre-trained context length, in tokens
     sinks: int = 4  # S: tokens at the start of the text that are never compressed
-    ratio: float = 0.5  # share of the span that a round keeps, 0 <= ratio < 1
+    ratio: float | tuple[float, ...] = 0.5  # kept share of the span, in [0, 1); or one a layer
     recent: int = 0  # R: newest tokens that a round leaves as they are
 
     def __post_init__(self) -> None:
         for name in ("window", "sinks", "recent"):
             if type(value := getattr(self, name)) is not int or value < 0:
                 raise ValueError(f"{name}: was {value!r}, must be a whole number, 0 or more")
-        if self.span < 1:
-            kept = self.sinks + self.recent
+        if (kept := self.sinks + self.recent) >= self.window:
             raise ValueError(f"sinks + recent: was {kept}, must be below window, {self.window}")
-        if not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio: was {self.ratio!r}, must be a number in [0, 1)")
+        if not all(isinstance(x, (int, float)) and 0 <= x < 1 for x in self.ratios or (None,)):
+            raise ValueError(f"ratio: was {self.ratio!r}, must be a number in [0, 1), or several")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The ratio of each layer, or the one of all."""
+        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+
+    def at(self, layer: int) -> "FreqKVConfig":
+        """The schedule of one layer. What follows is, of several ratios, that of the highest."""
+        return replace(self, ratio=self.ratio[layer]) if isinstance(self.ratio, tuple) else self
 
     @property
     def span(self) -> int:
@@ -61,7 +65,7 @@ class FreqKVConfig:
     @property
     def keep(self) -> int:
         """L, the slots that a round compresses the span to."""
-        return int(self.ratio * self.span)
+        return int(max(self.ratios) * self.span)
 
     @property
     def stride(self) -> int:
@@ -80,12 +84,10 @@ class FreqKVConfig:
 def compress(x: Tensor, keep: int) -> Tensor:
     """The low band of x [..., n, D] along its sequence, as `keep` samples [..., keep, D].
 
-    Equals `dct.lowpass_matrix(n, keep) @ x` (paper, section 3) at half the arithmetic: sums of
-    samples that mirror each other hold the even frequencies, differences the odd ones. Computed in
-    float32 or wider, returned in the dtype of x.
+    Equals `lowpass_matrix(n, keep) @ x` (paper, section 3) at half the arithmetic: sums of mirrored
+    samples hold the even frequencies, differences the odd ones. Computed in float32 or wider.
     """
-    n = x.shape[-2]
-    half = (n + 1) // 2
+    n, half = x.shape[-2], (x.shape[-2] + 1) // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = lowpass_halves(n, keep, wide, x.device)
     with no_autocast(x):
@@ -110,17 +112,17 @@ class FreqKVAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """Unrotated q [B, H, T, D]; k, v [B, K, T, D] to out [B, H, T, D]."""
         _check_shapes(q, k, v)
-        start, stop, end = 0, min(self.config.window, q.shape[-2]), q.shape[-2]
+        config, end = self.config.at(layer), q.shape[-2]
+        start, stop = 0, min(config.window, end)
         keys, values, outs = k[:, :, :stop], v[:, :, :stop], []  # the slots, unrotated
         while True:
-            # The newest of the slots are start .. stop-1 of the text.
-            q_chunk = rope(q[:, :, start:stop], keys.shape[-2] - (stop - start))
+            q_chunk = rope(q[:, :, start:stop], keys.shape[-2] - (stop - start))  # newest slots
             outs.append(_attend(q_chunk, rope(keys, 0), values))
             if stop == end:
                 return torch.cat(outs, dim=-2)
-            start, stop = stop, min(stop + self.config.stride, end)
+            start, stop = stop, min(stop + config.stride, end)
             keys, values = (
-                torch.cat((_round(x, self.config, self.operator), new[:, :, start:stop]), dim=-2)
+                torch.cat((_round(x, config, self.operator), new[:, :, start:stop]), dim=-2)
                 for x, new in ((keys, k), (values, v))
             )
 
@@ -128,9 +130,8 @@ class FreqKVAttention:
 class FreqKVCache:
     """The recurrent form: reads a text, in calls of any length, into N slots a layer.
 
-    Buffers are allocated at the first call, from what it meets; nothing grows with the text. There
-    is no gradient and no padding: the rows of a batch advance together. Keys are stored rotated, as
-    a slot's position holds between rounds: a step of decoding is plain attention over the slots.
+    Buffers are allocated at the first call. No gradient, no padding: rows of a batch advance alike.
+    Keys are stored rotated, as slots stay in place between rounds: decoding is plain attention.
     """
 
     def __init__(self, config: FreqKVConfig, operator: Operator = compress) -> None:
@@ -149,8 +150,8 @@ class FreqKVCache:
 
     @property
     def slots(self) -> int:
-        """Slots in use, at most N."""
-        return self.config.slots(self.tokens_seen)
+        """Slots in use, at most N; of layers that differ, the most."""
+        return max((self.config.at(i).slots(n) for i, n in self._seen.items()), default=0)
 
     @property
     def rounds(self) -> int:
@@ -170,19 +171,18 @@ class FreqKVCache:
         if k[:, :, :0].shape != keys[:, :, :0].shape or k.dtype != keys.dtype:
             was, must = (f"{tuple(x.shape)} {x.dtype}" for x in (k, keys))
             raise ValueError(f"k: was {was}, must fit the slots, {must}; reset() for a new batch")
-        out, start = torch.empty_like(q), 0
+        out, start, config = torch.empty_like(q), 0, self.config.at(layer)
         while start < q.shape[-2]:
-            used = self.config.slots(self._seen[layer])
-            if used == self.config.window:
-                self._compress(keys, values, rope)
-                used -= self.config.stride
-            new = slice(start, min(start + self.config.window - used, q.shape[-2]))
-            start, filled = new.stop, used + new.stop - start
-            keys[:, :, used:filled] = rope(k[:, :, new], used)
-            values[:, :, used:filled] = v[:, :, new]
-            taken = keys[:, :, :filled], values[:, :, :filled]
-            out[:, :, new] = _attend(rope(q[:, :, new], used), *taken)
-            self._seen[layer] += filled - used
+            used = config.slots(self._seen[layer])
+            if used == config.window:
+                self._compress(config, keys, values, rope)
+                used -= config.stride
+            new = slice(start, min(start + config.window - used, q.shape[-2]))
+            start, end = new.stop, used + new.stop - start
+            keys[:, :, used:end] = rope(k[:, :, new], used)
+            values[:, :, used:end] = v[:, :, new]
+            out[:, :, new] = _attend(rope(q[:, :, new], used), keys[:, :, :end], values[:, :, :end])
+            self._seen[layer] += end - used
         return out
 
     @torch.inference_mode(False)  # slots made inside that mode could not be written outside it
@@ -191,35 +191,37 @@ class FreqKVCache:
         self._buffers[layer], self._seen[layer] = (k.new_zeros(shape), v.new_zeros(shape)), 0
         return self._buffers[layer]
 
-    def _compress(self, keys: Tensor, values: Tensor, rope: Rope) -> None:
-        changed = slice(self.config.sinks, self.config.window - self.config.stride)
+    def _compress(self, config: FreqKVConfig, keys: Tensor, values: Tensor, rope: Rope) -> None:
+        changed = slice(config.sinks, config.window - config.stride)
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))  # rounded once, at the end
-        unrotated = _round(rope(wide, 0, inverse=True), self.config, self.operator)
+        unrotated = _round(rope(wide, 0, inverse=True), config, self.operator)
         keys[:, :, changed] = rope(unrotated, 0)[:, :, changed]
-        values[:, :, changed] = _round(values, self.config, self.operator)[:, :, changed]
+        values[:, :, changed] = _round(values, config, self.operator)[:, :, changed]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies: config, layers [n, 2] (id, tokens), k (rotated) and v [n, B, K, slots, D]."""
-        config = torch.tensor(astuple(self.config), dtype=torch.float64)
-        k = torch.stack([keys[:, :, : self.slots] for keys, _ in self._buffers.values()])
-        v = torch.stack([values[:, :, : self.slots] for _, values in self._buffers.values()])
-        return {"config": config, "layers": torch.tensor([*self._seen.items()]), "k": k, "v": v}
+        pairs = zip(*self._buffers.values(), strict=True)
+        k, v = (torch.stack([x[:, :, : self.slots] for x in buffers]) for buffers in pairs)
+        layers = torch.tensor([*self._seen.items()])
+        return {"config": self._state(), "layers": layers, "k": k, "v": v}
 
+    def _state(self) -> Tensor:
+        c = self.config
+        return torch.tensor([c.window, c.sinks, *c.ratios, c.recent], dtype=torch.float64)
+
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a `state_dict`, in its dtype, on its device; ValueError for a wrong one."""
         if missing := {"config", "layers", "k", "v"} - state.keys():
             raise ValueError(f"saved cache: was without {min(missing)}, must be whole")
-        if (was := state["config"].tolist()) != [*astuple(self.config)]:
+        if (was := state["config"].tolist()) != self._state().tolist():
             raise ValueError(f"saved cache: was of {was}, must be of {self.config}")
         seen, k, v = dict(state["layers"].tolist()), state["k"], state["v"]
-        slots = self.config.slots(max(seen.values()))
+        slots = max(self.config.at(i).slots(n) for i, n in seen.items())
         if k.shape != v.shape or k.ndim != 5 or (len(k), k.shape[3]) != (len(seen), slots):
             raise ValueError(f"saved cache: k was {[*k.shape]}, must be [n, B, K, {slots}, D]")
-        new = FreqKVCache(self.config)
-        for i, layer in enumerate(seen):
-            keys, values = new._allocate(layer, k[i], v[i])
-            keys[:, :, :slots], values[:, :, :slots] = k[i], v[i]
-        self._buffers, self._seen = new._buffers, seen
+        k, v = (F.pad(x, (0, 0, 0, self.config.window - slots)) for x in (k, v))  # a copy
+        self._buffers, self._seen = dict(zip(seen, zip(k, v, strict=True), strict=True)), seen
 
 
 def _round(x: Tensor, config: FreqKVConfig, operator: Operator) -> Tensor:
@@ -229,12 +231,9 @@ def _round(x: Tensor, config: FreqKVConfig, operator: Operator) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
-
-    Query t sees positions up to n - T + t. The flag is_causal means the upper left corner: T = n.
-    """
+    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D]."""
     time, n, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # query t sees up to n - T + t; is_causal only knows T = n
     if 1 < time < n and q.is_cuda:  # the flash kernel needs no mask in memory
         from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
 

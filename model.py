@@ -183,12 +183,9 @@ class FullCache:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
-
-    Query t sees positions up to n - T + t. The flag is_causal means the upper left corner: T = n.
-    """
+    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D]."""
     time, n, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # query t sees up to n - T + t; is_causal only knows T = n
     if 1 < time < n and q.is_cuda:  # the flash kernel needs no mask in memory
         from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
 

@@ -95,7 +95,7 @@ def test_derived_sizes(config, span, keep):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("ratio", value) for value in (-0.1, 1, 1.5, float("nan"), "x", None)),
+        *(("ratio", value) for value in (-0.1, 1, 1.5, float("nan"), "x", None, (), (0.5, 1))),
         *(("window", value) for value in (0, 4, -8, 16.0, "x")),
         *(("sinks", value) for value in (16, 17, -1, 2.5, None)),
         *(("recent", value) for value in (12, -1, 2.5, None)),
@@ -511,6 +511,43 @@ def test_mismatched_projections_are_refused(mismatch):
 
 
 # On a GPU
+
+
+# A ratio for each layer
+
+BY_LAYER = FreqKVConfig(window=16, sinks=2, ratio=(0.25, 0.75), recent=1)
+
+
+def test_layers_have_ratios_of_their_own():
+    one, two = (FreqKVConfig(16, 2, ratio, 1) for ratio in (0.25, 0.75))
+    assert (BY_LAYER.at(0), BY_LAYER.at(1), one.at(7)) == (one, two, one)
+    with pytest.raises(IndexError):
+        BY_LAYER.at(2)
+    qkv = random_qkv(time=60)
+    for attend in both_forms(BY_LAYER):
+        for layer, config in enumerate((one, two)):
+            expected = FreqKVAttention(config)(0, *qkv, plain_rope)
+            close(attend(layer, *qkv, plain_rope), expected, 1e-5)
+
+
+def test_parallel_equals_recurrent_with_ratios_by_layer(model):
+    tokens, cache = random_tokens(2, 60), FreqKVCache(BY_LAYER)
+    expected = model(tokens, FreqKVAttention(BY_LAYER))
+    close(read(model, tokens, cache, (1, 17, 18, 40)), expected, 1e-5)
+    assert cache.slots == max(BY_LAYER.at(i).slots(60) for i in (0, 1))
+    assert cache.rounds == max(BY_LAYER.at(i).rounds(60) for i in (0, 1))
+
+
+@pytest.mark.parametrize("seen", [10, 21, 60])
+def test_saved_cache_with_ratios_by_layer_goes_on(model, seen):
+    tokens, cache, loaded = random_tokens(2, 90), FreqKVCache(BY_LAYER), FreqKVCache(BY_LAYER)
+    read(model, tokens[:, :seen], cache)
+    loaded.load_state_dict(cache.state_dict())
+    rest = tokens[:, seen:]
+    assert torch.equal(read(model, rest, loaded), read(model, rest, cache))
+    other = FreqKVCache(FreqKVConfig(16, 2, (0.25, 0.5), 1))
+    with pytest.raises(ValueError, match=r"was of .*0\.25, 0\.75.* must be of .*0\.25, 0\.5"):
+        other.load_state_dict(cache.state_dict())
 
 
 @pytest.mark.cuda
