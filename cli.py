@@ -49,6 +49,17 @@ def number(
     return parse
 
 
+def numbers(kind: type, least: float, most: float = float("inf")) -> Callable[[str], list[float]]:
+    """A flag's type: such numbers with commas between them."""
+    return lambda text: [number(kind, least, most)(part) for part in text.split(",")]
+
+
+def ratio(text: str) -> float | list[float]:
+    """A flag's type: the ratio of all layers, or one for each, with commas between them."""
+    found = [float(part) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
+
+
 def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what: CUDA if there is one, else the CPU; bfloat16, else float32."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -96,6 +96,8 @@ def data_files(patterns: Sequence[str] | None) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns or [f"{glob.escape(str(root))}/**/*.py"]:
         path = Path(pattern)
+        if not pattern:
+            raise ValueError("--data: was '', must be a file, a folder or a pattern")
         if path.is_file() and not path.stat().st_size:
             raise ValueError(f"{path}: was empty, must hold text or tokens")
         if path.exists():
@@ -108,34 +110,57 @@ def data_files(patterns: Sequence[str] | None) -> list[Path]:
     return sorted(f for f in found if patterns or not skip & set(f.relative_to(root).parts))
 
 
+def digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).hexdigest().encode()
+
+
+def in_order(files: Sequence[Path]) -> list[Path]:
+    """The files in the order of a hash of their contents, equal ones once."""
+    return [file for _, file in sorted({digest(file): file for file in files}.items())]
+
+
 def read_bins(files: list[Path], args: Args, vocab: int) -> tuple[list[Any], list[Any], str]:
     """Streams to train on and held out, mapped from .bin files, and a hash of their contents."""
-    dtype = np.dtype(args.bin_dtype or ("uint16" if vocab <= 1 << 16 else "uint32"))
     train, held, content = [], [], hashlib.sha256()
     for file in files:
-        if file.suffix != ".bin" or file.stat().st_size % dtype.itemsize:
-            raise ValueError(f"{file}: was no .bin of whole {dtype}, must be, as another file is")
-        tokens = np.memmap(file, dtype, mode="r")
+        if file.suffix != ".bin":
+            raise ValueError(f"{file}: was no .bin, must be, as another file is")
+        tokens = map_bin(file, args.bin_dtype, vocab)
         for part in np.split(tokens, range(1 << 24, len(tokens), 1 << 24)):
             content.update(part)
-            if (top := int(part.max())) >= vocab:
-                raise ValueError(f"{file}: held id {top}, must be below the vocabulary, {vocab}")
         cut = len(tokens) - int(len(tokens) * args.val_share)
         train.append(tokens[:cut])
         held.append(tokens[cut:])
     return train, held, content.hexdigest()
 
 
+def map_bin(file: Path, kind: str | None, vocab: int) -> np.ndarray:
+    """Tokens [T] mapped from a .bin of uint16 or uint32; ValueError unless below the vocabulary."""
+    dtype = np.dtype(kind or ("uint16" if vocab <= 1 << 16 else "uint32"))
+    if file.stat().st_size % dtype.itemsize:
+        raise ValueError(f"{file}: was {file.stat().st_size} bytes, must be whole {dtype} tokens")
+    tokens = np.memmap(file, dtype, mode="r")
+    for part in np.split(tokens, range(1 << 24, len(tokens), 1 << 24)):
+        if (top := int(part.max())) >= vocab:
+            raise ValueError(
+                f"{file}: held id {top} as {dtype}, must be below the vocabulary, {vocab}"
+            )
+    padded = dtype == np.uint16 and len(tokens) % 2 == 0 and not tokens[1::2].any()
+    if kind is None and padded and tokens.any():
+        raise ValueError(f"{file}: was uint32, every second id 0 as uint16; must have --bin-dtype")
+    return tokens
+
+
 def read_texts(
     files: list[Path], args: Args, tokenizer: Tokenizer
 ) -> tuple[list[Any], list[Any], str, float]:
     """As `read_bins`, of text that is tokenized once, into data/; and held-out tokens a byte."""
-    documents = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in files}
+    ordered = in_order(files)
     content = hashlib.sha256(repr((args.tokenizer, args.model, args.val_share)).encode())
-    for part in [*map(str.encode, sorted(documents)), *(f.read_bytes() for f in tokenizer.files)]:
-        content.update(part)
+    for name in [*map(digest, ordered), *(f.read_bytes() for f in tokenizer.files)]:
+        content.update(name)
     folder, sha256 = Path(args.out) / "data", content.hexdigest()
-    record, ordered = folder / "tokens.json", [documents[name] for name in sorted(documents)]
+    record = folder / "tokens.json"
     if not record.exists() or read_json(record)["sha256"] != sha256:
         folder.mkdir(parents=True, exist_ok=True)
         sizes = write_tokens(ordered, args.val_share, tokenizer, folder / "tokens.bin")
@@ -241,8 +266,8 @@ def train_tokenizer(files: Sequence[Path], size: str) -> bytes:
 
     exact = {"normalization_rule_name": "identity", "byte_fallback": True}
     exact |= {"remove_extra_whitespaces": False, "add_dummy_prefix": False}
-    # Indentation, and the commonest pairs of words, become pieces of their own.
-    spaces = {"allow_whitespace_only_pieces": True, "split_by_whitespace": False}
+    # Indentation becomes pieces of its own; no piece spans two words, so that texts can be cut.
+    spaces = {"allow_whitespace_only_pieces": True, "split_by_whitespace": True}
     how = {"model_type": "bpe", "max_sentence_length": 10_000, "minloglevel": 2} | exact | spaces
     out = io.BytesIO()
     try:

@@ -1,6 +1,6 @@
 """Read a text of any length into a cache of constant size, and continue it.
 
-    python generate.py --model smollm2 --prompt "The history of the telescope begins"
+    python generate.py --prompt "def main("      # the built-in model, which writes Python
     python generate.py --model smollm2 --prompt-file BOOK.txt --save-cache book.safetensors
     python generate.py --model smollm2 --load-cache book.safetensors --prompt "Who is Emma?" --chat
 
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 import cli
 from freqkv import FreqKVCache, FreqKVConfig, compress, newest
-from model import FullCache, Llama
-from weights import Tokenizer, chat_tokens, load_model, load_tokenizer
+from model import FullCache, Llama, LlamaConfig
+from weights import Tokenizer, chat_tokens, find, load_model, load_tokenizer
 from weights.files import check_writable, read_json, write_beside
 
 OPERATORS = {"freqkv": compress, "window": newest}
@@ -88,7 +89,8 @@ def parts(tokens: Tensor, cache: Cache, chunk: int) -> Iterator[Tensor]:
     while tokens.shape[1]:
         room = chunk
         if isinstance(cache, FreqKVCache):
-            room = cache.config.window - cache.slots or cache.config.stride
+            layers = [cache.config.at(i) for i in range(len(cache.config.ratios))]
+            room = min(c.window - c.slots(cache.tokens_seen) or c.stride for c in layers)
         part, tokens = tokens.tensor_split((min(chunk, room),), dim=1)
         yield part
 
@@ -195,11 +197,11 @@ class Job:
 
 
 def prompts(args: Namespace) -> list[str]:
-    """The texts to continue: from --prompt, from a file, or from stdin."""
+    """The texts to continue: from --prompt, from a file, or from stdin; none is an empty one."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None and sys.stdin.isatty():
-        raise ValueError("prompt: was not given, must be --prompt, --prompt-file, or on stdin")
+        return [""]
     from_stdin = args.prompt_file in (None, Path("-"))
     name = "stdin" if from_stdin else str(args.prompt_file)
     try:
@@ -214,9 +216,12 @@ def prompts(args: Namespace) -> list[str]:
 def encode(args: Namespace, tokenizer: Tokenizer) -> Tensor:
     """The prompts as tokens [B, T]."""
     rows = []
+    given = args.prompt is not None or args.prompt_file is not None
+    # With nothing to continue, a model begins where texts begin.
+    free = tokenizer.bos_id is not None and not (given or args.chat or args.load_cache)
     for text in prompts(args):
-        if not text.strip():
-            raise ValueError("prompt: was empty, must be text")
+        if not text.strip() and not free:
+            raise ValueError("prompt: was empty, must be --prompt, --prompt-file, or on stdin")
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"--prompt: was {text[:20]!r}, must be UTF-8 text")
         # What follows a saved text is not a beginning.
@@ -238,11 +243,29 @@ def encode(args: Namespace, tokenizer: Tokenizer) -> Tensor:
     return torch.stack(rows)
 
 
-def tuned_settings(args: Namespace) -> dict[str, float]:
+def tuned_settings(args: Namespace) -> dict[str, Any]:
     """The settings that train.py has left with a model or an adapter that it tuned."""
-    places = [Path(folder) / "freqkv.json" for folder in (args.adapter, args.model) if folder]
+    folders = [*filter(None, [args.adapter]), find(args.model)]
+    places = [Path(folder) / "freqkv.json" for folder in folders]
     found = next((place for place in places if place.exists()), None)
     return {name: x for name, x in read_json(found).items() if name in SETTINGS} if found else {}
+
+
+def schedule(
+    args: Namespace, model: LlamaConfig, saved: dict[str, Any] | None = None
+) -> FreqKVConfig:
+    """The settings of a cache: given, else saved with one, else tuned with, else the paper's."""
+    most, layers = model.max_position_embeddings, model.num_hidden_layers
+    settings = {"window": min(FreqKVConfig.window, most)} | (saved or tuned_settings(args))
+    settings |= {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if isinstance(settings.get("ratio"), list):
+        settings["ratio"] = tuple(settings["ratio"])
+    config = FreqKVConfig(**settings)
+    if config.window > most:
+        raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
+    if isinstance(config.ratio, tuple) and len(config.ratio) != layers:
+        raise ValueError(f"--ratio: was {len(config.ratio)} numbers, must be 1 or {layers}")
+    return config
 
 
 def prepare(args: Namespace) -> Job:
@@ -265,18 +288,15 @@ def prepare(args: Namespace) -> Job:
                 f"{most} positions; --cache freqkv reads texts of any length"
             )
         return Job(model, tokenizer, tokens, FullCache(total), args.max_new_tokens)
-    settings = {"window": min(FreqKVConfig.window, most)} | tuned_settings(args)
-    state = open_saved(args.load_cache, args.cache, model) if args.load_cache else None
+    state, saved = open_saved(args.load_cache, args.cache, model) if args.load_cache else None, None
     if state:
         try:
-            saved = dict(zip(SETTINGS, state["config"].tolist(), strict=True))
-            settings = {name: x if name == "ratio" else int(x) for name, x in saved.items()}
+            window, sinks, ratio, *others, recent = state["config"].tolist()
+            whole = {"window": int(window), "sinks": int(sinks), "recent": int(recent)}
+            saved = whole | {"ratio": [ratio, *others] if others else ratio}
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(f"{args.load_cache}: was without settings, must be whole") from None
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    config = FreqKVConfig(**(settings | given))
-    if config.window > most:
-        raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
+    config = schedule(args, model.config, saved)
     cache = FreqKVCache(config, OPERATORS[args.cache])
     if state:
         try:
@@ -340,7 +360,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     whole, some = cli.number(int, 0), cli.number(int, 1)
     add = p.add_argument
-    add("--model", default="smollm2", help="a name (smollm2) or a checkpoint's path [%(default)s]")
+    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
     add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
     one = p.add_mutually_exclusive_group().add_argument
     one("--prompt", action="append", help="text to continue; several make a batch of one length")
@@ -356,7 +376,7 @@ def parser() -> cli.Parser:
         help="compressed; everything; or sinks and newest [%(default)s]")  # fmt: skip
     add("--window", type=some, help="slots N a layer [as tuned; else 4096, or fewer positions]")
     add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
-    add("--ratio", type=float, help=f"share that a round keeps [{FreqKVConfig.ratio}]")
+    add("--ratio", type=cli.ratio, help=f"share that a round keeps [{FreqKVConfig.ratio}]")
     add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
     add("--chunk", type=some, default=1024, help="tokens read at a time [%(default)s]")
     add("--save-cache", type=Path, help="write what was read to this file (safetensors)")

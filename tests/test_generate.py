@@ -10,7 +10,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import cli
 import generate
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from model import FullCache
@@ -37,16 +35,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def script(checkpoint, capsys):
+def script(checkpoint, outcome):
     """Run generate.py in this process; its exit code, stdout and stderr."""
 
     def run(*flags, model=checkpoint):
         defaults = ["--model", model, "--window", "32", "--max-new-tokens", "12", "--device", "cpu"]
-        argv = [str(flag) for flag in (*defaults, *flags)]
-        with pytest.raises(SystemExit) as ended:
-            cli.run(lambda: generate.main(argv), "generate.py")
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
+        return outcome(generate, *defaults, *flags)
 
     return run
 

@@ -8,7 +8,9 @@ import shlex
 
 import pytest
 
+import evaluate
 import generate
+import train
 from tests.helpers import ROOT, smollm2_path
 
 README = (ROOT / "README.md").read_text()
@@ -32,9 +34,12 @@ def test_lines_and_budgets(name, budget):
     assert f"| [{name}.py]({name}.py) | {lines} |" in README
 
 
-def test_commands_parse():
-    texts = [README, generate.__doc__]
-    commands = re.findall(r"^ *python generate\.py (-.*)$", "\n".join(texts), re.MULTILINE)
-    assert len(commands) >= 6
+@pytest.mark.parametrize(("script", "least"), [(generate, 6), (train, 4), (evaluate, 6)])
+def test_commands_parse(script, least):
+    pages = [README, script.__doc__, (ROOT / "weights/tiny/README.md").read_text()]
+    pages += [(ROOT / "docs/results.md").read_text()]
+    text = "\n".join(pages).replace("\\\n", " ")
+    commands = re.findall(rf"^ *python {script.__name__}\.py(.*)$", text, re.MULTILINE)
+    assert len(commands) >= least
     for command in commands:
-        generate.parser().parse_args(shlex.split(command))
+        script.parser().parse_args(shlex.split(command, comments=True))

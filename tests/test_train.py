@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import cli
 import corpus
 import train
 from freqkv import FreqKVAttention, FreqKVConfig, newest
@@ -67,16 +66,9 @@ def flags(checkpoint, data, out, *more):
 
 
 @pytest.fixture
-def script(capsys):
+def script(outcome):
     """Run train.py in this process; its exit code, stdout and stderr."""
-
-    def run(*argv):
-        with pytest.raises(SystemExit) as ended:
-            cli.run(lambda: train.main([str(x) for x in argv]), "train.py")
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
-
-    return run
+    return lambda *argv: outcome(train, *argv)
 
 
 def log(out):
@@ -866,10 +858,13 @@ BAD = {
     "not UTF-8": (write("x.txt", b"words \xff" * 99), "x.txt: was not UTF-8 at byte 6"),
     "beyond the vocabulary": (
         write("x.bin", np.arange(401, dtype=np.uint16).tobytes()),
-        "x.bin: held id 400, must be below the vocabulary, 400",
+        "x.bin: held id 400 as uint16, must be below the vocabulary, 400",
     ),
     "short tokens": (write("x.bin", bytes(80)), "must be over --seq-len, 40"),
-    "half a token": (write("x.bin", bytes(401)), "x.bin: was no .bin of whole uint16"),
+    "half a token": (
+        write("x.bin", bytes(401)),
+        "x.bin: was 401 bytes, must be whole uint16 tokens",
+    ),
     "no such file": (lambda folder: ("--data", "no/such"), "no/such held no file"),
     "no JSON": (sft(b"{"), "x.json: was not JSON"),
     "no record": (sft(b"[]"), "must have one"),

