@@ -1,6 +1,6 @@
 """Does the method hold, and what does it remember? Numbers and pictures, on any model.
 
-    python evaluate.py perplexity                              # built-in model, a few minutes
+    python evaluate.py perplexity --limit 64 --plot           # the built-in model
     python evaluate.py perplexity --model smollm2 --data 'books/*.txt' --lengths 2048,8192,32768
     python evaluate.py recall --model smollm2 --data BOOK.txt --plot
 

@@ -481,7 +481,9 @@ def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
 
 def train(args: Args) -> None:
     trainer, tokenizer = prepare(args)
-    shown = {name: x for name, x in vars(args).items() if x is not None and x is not False}
+    idle = set() if args.lora else {"rank", "alpha", "train"}
+    given = {name: x for name, x in vars(args).items() if name not in idle}
+    shown = {name: x for name, x in given.items() if x is not None and x is not False}
     print("\n".join(f"{name:>14}  {x}" for name, x in shown.items()))
     count, rows = sum(p.numel() for p in trainer.trained.values()), len(trainer.data.train)
     print(
