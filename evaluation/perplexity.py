@@ -204,7 +204,7 @@ def draw_lengths(figure: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.set(xscale="log", xlabel="length of text (tokens)", ylabel="perplexity a token")
     axes.set_xticks(*2 * [sorted({record["length"] for record in records})], rotation=45)
     axes.minorticks_off()
-    clip(axes, [y for _, ys in curves.values() for y in ys])
+    axes.set_title(clip(axes, [y for _, ys in curves.values() for y in ys]), fontsize=9)
 
 
 def draw_curve(figure: Any, curves: Sequence[dict[str, Any]]) -> None:
@@ -214,15 +214,16 @@ def draw_curve(figure: Any, curves: Sequence[dict[str, Any]]) -> None:
     middle = {n: [(p["tokens_from"] + p["tokens_to"]) / 2 for p in x] for n, x in of.items()}
     lines(axes, {name: (middle[name], [p["loss"] for p in x]) for name, x in of.items()})
     axes.set(xlabel="place in the text (tokens)", ylabel="loss (nats a token)")
-    clip(axes, [point["loss"] for point in curves])
+    axes.set_title(clip(axes, [point["loss"] for point in curves]), fontsize=9)
 
 
-def clip(axes: Any, values: Sequence[float]) -> None:
-    """End the axis at twice the median where a curve leaves for far above, and say so."""
+def clip(axes: Any, values: Sequence[float]) -> str:
+    """End the axis at twice the median where a curve leaves for far above; words that say so."""
     top = 2 * float(np.median(values))
-    if max(values) > top:
-        axes.set_ylim(0.9 * min(values), top)
-        axes.set_title(f"cut off at {top:.3g}; the highest is {max(values):.3g}", fontsize=9)
+    if max(values) <= top:
+        return ""
+    axes.set_ylim(0.9 * min(values), top)
+    return f"cut off at {top:.3g}; the highest is {max(values):.3g}"
 
 
 # The grid
@@ -267,6 +268,7 @@ def draw_grid(figure: Any, records: Sequence[dict[str, Any]]) -> None:
     panels = sorted({(r["strategy"], r["sinks"]) for r in thinned})
     figure.set_size_inches(3.5 * len(panels), 4)
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    values = [record["perplexity"] for record in thinned]
     full = [r["perplexity"] for r in records if r["strategy"] == "full"]
     for axes, (strategy, sinks) in zip(every, panels, strict=True):
         here = [r for r in thinned if (r["strategy"], r["sinks"]) == (strategy, sinks)]
@@ -275,9 +277,9 @@ def draw_grid(figure: Any, records: Sequence[dict[str, Any]]) -> None:
             points = sorted((r["recent"], r["perplexity"]) for r in here if r["ratio"] == ratio)
             curves[f"ratio {ratio:g}"] = tuple(zip(*points, strict=True))
         lines(axes, curves)
-        for y in full:
+        for y in full if max(full, default=0) < 1.2 * max(values) else ():
             axes.axhline(y, color="0.5", linewidth=1)
         axes.set_title(f"{strategy}, {sinks} sinks", fontsize=10)
         axes.set_xlabel("recent (tokens)")
-    every[0].set_ylabel("perplexity a token" + (" (line: full)" if full else ""))
-    clip(every[0], [record["perplexity"] for record in records])
+    every[0].set_ylabel("perplexity a token" + "".join(f" (full: {y:.3g})" for y in full))
+    figure.suptitle(clip(every[0], values), fontsize=9)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -608,11 +609,23 @@ def test_every_curve_is_drawn_and_high_ones_are_cut_off():
     looks = [(x.get_linestyle(), x.get_marker(), x.get_fillstyle()) for x in axes.lines]
     assert len(set(looks)) == 12
     assert len({x.get_marker() for x in axes.lines[:6]}) == 6
-    perplexity.clip(axes, [2.0, 3.0, 4.0])
-    assert not axes.get_title()
-    perplexity.clip(axes, [2.0, 3.0, 700.0])
+    assert perplexity.clip(axes, [2.0, 3.0, 4.0]) == ""
+    assert perplexity.clip(axes, [2.0, 3.0, 700.0]) == "cut off at 6; the highest is 700"
     assert axes.get_ylim() == (1.8, 6)
-    assert axes.get_title() == "cut off at 6; the highest is 700"
+
+
+def test_panels_of_the_grid_keep_their_titles():
+    pytest.importorskip("matplotlib")
+    grid = [
+        {"strategy": name, "ratio": ratio, "sinks": 4, "recent": recent, "perplexity": 5 + ratio}
+        for name, ratio, recent in product(("freqkv", "window"), (0.25, 0.5), (0, 8))
+    ]
+    figure = report.figure_class()()
+    perplexity.draw_grid(figure, [*grid, {"strategy": "full", "perplexity": 900.0}])
+    one, two = figure.axes
+    assert [x.get_title() for x in (one, two)] == ["freqkv, 4 sinks", "window, 4 sinks"]
+    assert one.get_ylabel() == "perplexity a token (full: 900)"
+    assert one.get_ylim()[1] < 7
 
 
 def test_the_default_folder(checkpoint, data, tmp_path, monkeypatch):
