@@ -110,13 +110,10 @@ def data_files(patterns: Sequence[str] | None) -> list[Path]:
     return sorted(f for f in found if patterns or not skip & set(f.relative_to(root).parts))
 
 
-def digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).hexdigest().encode()
-
-
-def in_order(files: Sequence[Path]) -> list[Path]:
-    """The files in the order of a hash of their contents, equal ones once."""
-    return [file for _, file in sorted({digest(file): file for file in files}.items())]
+def by_content(files: Sequence[Path]) -> dict[str, Path]:
+    """The files by a hash of their contents, in the order of these hashes; equal ones once."""
+    found = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in files}
+    return dict(sorted(found.items()))
 
 
 def read_bins(files: list[Path], args: Args, vocab: int) -> tuple[list[Any], list[Any], str]:
@@ -155,15 +152,16 @@ def read_texts(
     files: list[Path], args: Args, tokenizer: Tokenizer
 ) -> tuple[list[Any], list[Any], str, float]:
     """As `read_bins`, of text that is tokenized once, into data/; and held-out tokens a byte."""
-    ordered = in_order(files)
+    documents = by_content(files)
     content = hashlib.sha256(repr((args.tokenizer, args.model, args.val_share)).encode())
-    for name in [*map(digest, ordered), *(f.read_bytes() for f in tokenizer.files)]:
-        content.update(name)
+    for part in [*map(str.encode, documents), *(f.read_bytes() for f in tokenizer.files)]:
+        content.update(part)
     folder, sha256 = Path(args.out) / "data", content.hexdigest()
     record = folder / "tokens.json"
     if not record.exists() or read_json(record)["sha256"] != sha256:
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = write_tokens(ordered, args.val_share, tokenizer, folder / "tokens.bin")
+        texts = list(documents.values())
+        sizes = write_tokens(texts, args.val_share, tokenizer, folder / "tokens.bin")
         write_json(record, {"sha256": sha256} | sizes)
     sizes = read_json(record)
     tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")

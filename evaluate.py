@@ -15,7 +15,7 @@ from pathlib import Path
 import cli
 from evaluation import longbench, perplexity, recall, spectrum
 from evaluation.harness import STRATEGIES, prepare
-from freqkv import FreqKVConfig
+from generate import add_model_flags
 
 MEASUREMENTS = {  # name: what it measures, what adds its flags, what runs it
     "perplexity": (
@@ -57,24 +57,17 @@ def add_common(add: Callable[..., object]) -> None:
     """The flags of every measurement."""
     whole, some = cli.number(int, 0), cli.number(int, 1)
     text = "text files, folders, patterns, or .bin [what train.py holds out of Python's source]"
-    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
-    add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
+    add_model_flags(add)
     add("--data", nargs="+", metavar="PATH", help=text)
     add("--bin-dtype", choices=["uint16", "uint32"], help="of .bin [uint16 if the ids fit]")
     text = f"of {','.join(STRATEGIES)}, with commas between [%(default)s]"
     add("--strategies", default="full,freqkv,window", metavar="S,S", help=text)
-    add("--window", type=some, help="slots N a layer [as tuned; else 4096, or fewer positions]")
-    add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
-    add("--ratio", type=cli.ratio, help=f"share that a round keeps [{FreqKVConfig.ratio}]")
-    add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
     add("--out", type=Path, help="folder for results [runs/evaluate-MODEL]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
     add("--limit", type=whole, default=0, help="windows of a text, or records, at most [all]")
     add("--batch-size", type=some, help="windows read at a time [as many as fill 4096 slots]")
     add("--chunk", type=some, default=512, help="tokens read at a time [%(default)s]")
     add("--seed", type=whole, default=0, help="of what is drawn at random [%(default)s]")
-    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
-    add("--dtype", choices=list(cli.DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
 
 
 def main(argv: list[str] | None = None) -> None:

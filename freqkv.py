@@ -3,7 +3,7 @@
 Kai et al., ICLR 2026, arXiv 2505.00570. The schedule (`FreqKVConfig`), the compression (`compress`)
 and two forms of one function: `FreqKVAttention`, a whole sequence in one differentiable call, and
 `FreqKVCache`, any number of tokens a call. Any model's attention may call attend(layer, q, k, v,
-rope) with q, k, v unrotated; rope(x, start, inverse=False) rotates x as positions from start on.
+rope): q, k, v unrotated; rope(x, start, inverse=False) rotates x as positions start on, or back.
 Shapes: B batch, H query heads, K kv heads, T new tokens, D head dimension, N slots (the window).
 
 The first N tokens are ordinary causal attention. A token that finds all N slots taken sets off a
@@ -54,7 +54,7 @@ class FreqKVConfig:
         return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
 
     def at(self, layer: int) -> "FreqKVConfig":
-        """The schedule of one layer. What follows is, of several ratios, that of the highest."""
+        """The schedule of one layer; where ratios differ, the sizes below are of the highest."""
         return replace(self, ratio=self.ratio[layer]) if isinstance(self.ratio, tuple) else self
 
     @property

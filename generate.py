@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -288,7 +288,8 @@ def prepare(args: Namespace) -> Job:
                 f"{most} positions; --cache freqkv reads texts of any length"
             )
         return Job(model, tokenizer, tokens, FullCache(total), args.max_new_tokens)
-    state, saved = open_saved(args.load_cache, args.cache, model) if args.load_cache else None, None
+    state = open_saved(args.load_cache, args.cache, model) if args.load_cache else None
+    saved = None
     if state:
         try:
             window, sinks, ratio, *others, recent = state["config"].tolist()
@@ -355,13 +356,26 @@ def summary(job: Job, read_seconds: float, made: int, write_seconds: float) -> s
     return "\n".join([*lines, f"peak memory ({whose}): {cli.size(peak)}"])
 
 
+def add_model_flags(add: Callable[..., object]) -> None:
+    """The flags that choose a model and, for `schedule`, the slots of its cache."""
+    whole, ratio = cli.number(int, 0), f"or one a layer, with commas [{FreqKVConfig.ratio}]"
+    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
+    add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
+    text = "slots N a layer [as tuned; else 4096, or fewer positions]"
+    add("--window", type=cli.number(int, 1), help=text)
+    add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
+    add("--ratio", type=cli.ratio, help=f"share that a round keeps; {ratio}")
+    add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
+    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    add("--dtype", choices=list(cli.DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
+
+
 def parser() -> cli.Parser:
     """The command line."""
     p = cli.Parser(description=__doc__)
     whole, some = cli.number(int, 0), cli.number(int, 1)
     add = p.add_argument
-    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
-    add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
+    add_model_flags(add)
     one = p.add_mutually_exclusive_group().add_argument
     one("--prompt", action="append", help="text to continue; several make a batch of one length")
     one("--prompt-file", type=Path, help="UTF-8 text to continue; - or nothing is stdin")
@@ -374,15 +388,9 @@ def parser() -> cli.Parser:
     add("--chat", action="store_true", help="the prompt is a message, in the family's template")
     add("--cache", choices=["freqkv", "full", "window"], default="freqkv",
         help="compressed; everything; or sinks and newest [%(default)s]")  # fmt: skip
-    add("--window", type=some, help="slots N a layer [as tuned; else 4096, or fewer positions]")
-    add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
-    add("--ratio", type=cli.ratio, help=f"share that a round keeps [{FreqKVConfig.ratio}]")
-    add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
     add("--chunk", type=some, default=1024, help="tokens read at a time [%(default)s]")
     add("--save-cache", type=Path, help="write what was read to this file (safetensors)")
     add("--load-cache", type=Path, help="go on from such a file; its settings are the defaults")
-    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
-    add("--dtype", choices=list(cli.DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
     return p
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import cli
 import generate
-from corpus import data_files, in_order, map_bin, read_text
+from corpus import by_content, data_files, map_bin, read_text
 from dct import dct, idct
 from evaluation.report import figure_class
 from freqkv import FreqKVCache, FreqKVConfig
@@ -53,6 +53,11 @@ def high(x: Tensor, keep: int) -> Tensor:
 
 OPERATORS = generate.OPERATORS | {"average": average, "high": high}
 STRATEGIES = ("full", *OPERATORS)
+
+
+def slot_settings(strategy: str, config: FreqKVConfig) -> dict[str, Any]:
+    """The settings that a record carries; those of slots mean nothing to the full cache."""
+    return {} if strategy == "full" else asdict(config)
 
 
 def new_cache(strategy: str, config: FreqKVConfig, tokens: int) -> Cache:
@@ -120,7 +125,7 @@ def documents(args: Namespace, tokenizer: Tokenizer, vocab: int) -> list[Documen
 
 def held_out(tokenizer: Tokenizer) -> np.ndarray:
     """The whole files at the end of Python's source that train.py holds out, as it packs them."""
-    files = in_order(data_files(None))
+    files = list(by_content(data_files(None)).values())
     room = int(HELD_OUT * sum(file.stat().st_size for file in files))
     begin, end = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
     texts: list[np.ndarray] = []

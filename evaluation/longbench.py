@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 import generate
 from corpus import data_files, read_text
-from evaluation.harness import Bench, new_cache
+from evaluation.harness import Bench, new_cache, slot_settings
 from evaluation.metrics import ONE_LINE, PLAIN, TASKS
-from evaluation.perplexity import schedule
-from evaluation.report import picture, table, write_results
+from evaluation.report import by_strategy, picture, table, write_results
 from weights import Tokenizer, chat_tokens
 from weights.files import read_json, write_beside
 
@@ -183,7 +182,7 @@ def report(bench: Bench, rows: Sequence[dict[str, Any]]) -> None:
         score = fmean(x["score"] for x in (group if metric else means))
         about = {"strategy": strategy, "task": task, "metric": metric, "score": score}
         sizes = {"records": len(group), "cut": sum(x["read"] < x["tokens"] for x in group)}
-        results.append(about | sizes | schedule((strategy, bench.config)))
+        results.append(about | sizes | slot_settings(strategy, bench.config))
         if not metric and sizes["cut"]:
             print(f"{strategy}: {sizes['cut']} of {len(group)} prompts lost their middle")
     scores = {(x["strategy"], x["task"]): f"{x['score']:.2f}" for x in results}
@@ -198,9 +197,9 @@ def report(bench: Bench, rows: Sequence[dict[str, Any]]) -> None:
 def draw(figure: Any, results: Sequence[dict[str, Any]]) -> None:
     """Bars by task; strategies differ in shade and hatching."""
     axes, tasks = figure.subplots(), list(dict.fromkeys(x["task"] for x in results))
-    names = list(dict.fromkeys(x["strategy"] for x in results))
-    for i, (name, (shade, hatch)) in enumerate(zip(names, FILLS, strict=False)):
-        heights = [x["score"] for x in results if x["strategy"] == name]
+    names = by_strategy(results)
+    for i, ((name, own), (shade, hatch)) in enumerate(zip(names.items(), FILLS, strict=False)):
+        heights = [x["score"] for x in own]
         places = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(tasks))]
         look = {"color": shade, "hatch": hatch, "edgecolor": "0", "linewidth": 0.6}
         axes.bar(places, heights, 0.8 / len(names), label=name, **look)

@@ -6,7 +6,7 @@ tokens of a window but its first are predicted, and counted alike.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 import cli
-from evaluation.harness import Bench, Document, interval, new_cache, token_losses
-from evaluation.report import lines, picture, table, write_results
+from evaluation.harness import Bench, Document, interval, new_cache, slot_settings, token_losses
+from evaluation.report import by_strategy, lines, picture, table, write_results
 from freqkv import FreqKVConfig
 
 BINS = 64  # stretches of the longest window, whose mean losses make the curve by position
@@ -156,7 +156,7 @@ def run(bench: Bench) -> None:
     print(summary(texts, found, len(setups)))
     values = measure(bench, "perplexity", setups, texts, found, lengths)
     records = [
-        {"strategy": setup[0]} | by_length(found, values[setup], length) | schedule(setup)
+        {"strategy": setup[0]} | by_length(found, values[setup], length) | slot_settings(*setup)
         for setup in setups
         for length in lengths
     ]
@@ -173,11 +173,6 @@ def run(bench: Bench) -> None:
     if args.plot:
         print(picture(args.out / "perplexity.png", lambda figure: draw_lengths(figure, records)))
         print(picture(args.out / "perplexity_by_position.png", lambda f: draw_curve(f, curves)))
-
-
-def schedule(setup: Setup) -> dict[str, Any]:
-    """The settings that a record carries; those of slots mean nothing to the full cache."""
-    return {} if setup[0] == "full" else asdict(setup[1])
 
 
 def shown(record: dict[str, Any]) -> str:
@@ -197,8 +192,7 @@ def by_position(found: Sequence[Window], values: Sequence[Found]) -> list[tuple[
 
 def draw_lengths(figure: Any, records: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
-    names = dict.fromkeys(record["strategy"] for record in records)
-    of = {name: [r for r in records if r["strategy"] == name] for name in names}
+    of = by_strategy(records)
     curves = {n: ([r["length"] for r in x], [r["perplexity"] for r in x]) for n, x in of.items()}
     lines(axes, curves)
     axes.set(xscale="log", xlabel="length of text (tokens)", ylabel="perplexity a token")
@@ -209,8 +203,7 @@ def draw_lengths(figure: Any, records: Sequence[dict[str, Any]]) -> None:
 
 def draw_curve(figure: Any, curves: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
-    names = dict.fromkeys(point["strategy"] for point in curves)
-    of = {name: [p for p in curves if p["strategy"] == name] for name in names}
+    of = by_strategy(curves)
     middle = {n: [(p["tokens_from"] + p["tokens_to"]) / 2 for p in x] for n, x in of.items()}
     lines(axes, {name: (middle[name], [p["loss"] for p in x]) for name, x in of.items()})
     axes.set(xlabel="place in the text (tokens)", ylabel="loss (nats a token)")
@@ -251,7 +244,7 @@ def ablate(bench: Bench) -> None:
     print(summary(texts, found, len(setups)))
     values = measure(bench, "ablate", setups, texts, found, lengths)
     records = [
-        {"strategy": setup[0]} | schedule(setup) | by_length(found, values[setup], lengths[0])
+        {"strategy": setup[0]} | slot_settings(*setup) | by_length(found, values[setup], lengths[0])
         for setup in setups
     ]
     head = ["strategy", "ratio", "sinks", "recent", "perplexity ±95%"]

@@ -28,9 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from evaluation.harness import Bench, Document, interval, new_cache
-from evaluation.perplexity import schedule
-from evaluation.report import STYLES, lines, picture, table, write_results
+from evaluation.harness import Bench, Document, interval, new_cache, slot_settings
+from evaluation.report import STYLES, by_strategy, lines, picture, table, write_results
 from freqkv import FreqKVConfig
 from generate import Cache, parts
 from model import Llama
@@ -198,7 +197,7 @@ def run(bench: Bench) -> None:
             rounds = [trial.rounds(bench.config, distance) for trial in here.values()]
             about = {"strategy": strategy, "task": task, "distance": distance}
             about["rounds"] = 0.0 if strategy == "full" else float(np.mean(rounds))
-            records.append(about | summary(values) | schedule((strategy, bench.config)))
+            records.append(about | summary(values) | slot_settings(strategy, bench.config))
     for task in tasks:
         print(shown([record for record in records if record["task"] == task]), end="\n\n")
     print(write_results("recall", records, args))
@@ -220,8 +219,7 @@ def summary(values: Sequence[Found]) -> dict[str, Any]:
 def shown(records: Sequence[dict[str, Any]]) -> str:
     """The table of a task: for each strategy and distance the loss, and the share of right ones."""
     rows, since = [], []
-    for strategy in dict.fromkeys(record["strategy"] for record in records):
-        here = [record for record in records if record["strategy"] == strategy]
+    for strategy, here in by_strategy(records).items():
         rows.append([strategy, *(f"{r['loss']:.2f} {r['accuracy']:4.0%}" for r in here)])
         rows.append(["  no fact", *(f"{r['loss_absent']:.2f}     " for r in here)])
         if strategy != "full":  # the same for all others
@@ -235,9 +233,8 @@ def draw(figure: Any, records: Sequence[dict[str, Any]], what: str) -> None:
     figure.set_size_inches(max(7, 4.2 * len(tasks)), 4.2)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         here = [record for record in records if record["task"] == task]
-        names = dict.fromkeys(record["strategy"] for record in here)
-        of = {name: [record for record in here if record["strategy"] == name] for name in names}
-        x = [record["distance"] for record in of[next(iter(names))]]
+        of = by_strategy(here)
+        x = [record["distance"] for record in next(iter(of.values()))]
         for i, own in enumerate(of.values() if what == "loss" else ()):
             look = {"linestyle": STYLES[i][0], "color": "0.75", "linewidth": 1}
             axes.plot(x, [r["loss_absent"] for r in own], label="" if i else "no fact", **look)

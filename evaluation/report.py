@@ -41,6 +41,14 @@ def write_results(name: str, records: list[dict[str, Any]], args: Namespace) -> 
     return f"{out / name}.json, .csv and .settings.json"
 
 
+def by_strategy(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each strategy, in the order in which they come."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["strategy"], []).append(record)
+    return found
+
+
 def flat(record: dict[str, Any]) -> dict[str, Any]:
     """A record for CSV: with its interval, a pair or None, as two fields."""
     low, high = record.get("ci95") or (None, None)

@@ -295,7 +295,7 @@ def test_default_data_is_what_training_holds_out(stdlib, tmp_path, ends):
     stdlib(sizes)
     tokenizer = bytes_tokenizer(*ends)
     [document] = harness.documents(data_args(), tokenizer, 258)
-    files = corpus.in_order(corpus.data_files(None))
+    files = list(corpus.by_content(corpus.data_files(None)).values())
     assert len(files) == 100
     path = tmp_path / "tokens.bin"
     sizes = corpus.write_tokens(files, harness.HELD_OUT, tokenizer, path)
