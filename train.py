@@ -13,6 +13,7 @@ model/ or adapter/, which are the last weights, and loss.png.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -72,6 +73,7 @@ FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool 
         "share that a round keeps; or one a layer, with commas",
     ),
     ("--recent", WHOLE, FreqKVConfig.recent, "newest tokens that a round leaves as they are"),
+    ("--distill", cli.number(float, 0, 1), 0.0, "share of the loss that imitates full attention"),
     ("--seq-len", COUNT, None, "tokens; twice the window, the window for --attention full"),
     ("--steps", COUNT, 100, "steps of the optimizer"),
     ("--batch-size", COUNT, 8, "sequences at a time"),
@@ -87,7 +89,12 @@ FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool 
     ("--eval-rows", COUNT, 64, "held-out sequences read in an evaluation, evenly spaced"),
     ("--save-every", WHOLE, 50, "steps between checkpoints; 0: at the end only"),
     ("--keep-last", COUNT, 2, "checkpoints to keep, beside the best"),
-    ("--save-dtype", ("bfloat16", "float32"), "bfloat16", "of the final model"),
+    (
+        "--save-dtype",
+        ("bfloat16", "float32"),
+        None,
+        "of the last model, bfloat16; adapter, float32",
+    ),
     ("--seed", WHOLE, 0, "of random weights and of the order of the data"),
     ("--device", str, None, "cuda if there is one, else cpu"),
     ("--dtype", ("bfloat16", "float32"), None, "of products and frozen weights; bfloat16 on cuda"),
@@ -147,7 +154,7 @@ def settings(argv: Sequence[str] | None) -> Args:
                 f"--{k}: was {given[k]}, must be {saved.get(k)}".replace("_", "-") for k in fixed
             ]
             raise ValueError(f"{'; '.join(was)}, as the run in {args['out']} began")
-        args = saved | {k: v for k, v in given.items() if k in free}
+        args |= saved | {k: v for k, v in given.items() if k in free}
     merged = args["merge"]
     if merged and Path(merged).exists() and merged != saved.get("merge"):
         raise FileExistsError(f"--merge: {merged} was there already, must be new")
@@ -188,31 +195,59 @@ def attention(args: Args) -> Any:
     return FreqKVAttention(config, newest if args.attention == "window" else compress)
 
 
-def loss_sum(model: Llama, hidden: Tensor, labels: Tensor) -> Tensor:
+def frozen_copy(model: Llama) -> Llama:
+    """The model as it is now, whatever training makes of it; what is frozen is shared, not copied.
+
+    The teacher of --distill: it reads the same text with full attention.
+    """
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+def loss_sum(
+    model: Llama, hidden: Tensor, labels: Tensor,
+    teacher: Llama | None = None, taught: Tensor | None = None, share: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Sum of the losses of hidden [B, T, E] at labels [B, T] other than IGNORE.
+
+    With a teacher and its hidden states `taught`, a share of each is the divergence of the model's
+    prediction from the teacher's, KL(teacher || model), in nats as well.
 
     The logits [B, T, V] of a long sequence would take more memory than the model. Those of CHUNK
     tokens live until their loss is known, and are computed again in backward.
     """
 
-    def part(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = model.logits(hidden)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), labels, reduction="sum")
+    def wide(logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def part(hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        found = wide(model.logits(hidden)).log_softmax(-1)
+        loss = F.nll_loss(found, labels, reduction="sum")
+        if teacher is None:
+            return loss
+        target = wide(teacher.logits(taught)).log_softmax(-1)
+        imitation = F.kl_div(found, target, reduction="sum", log_target=True)
+        return torch.lerp(loss, imitation, share)
 
     counted = labels != IGNORE
-    chunks = zip(hidden[counted].split(CHUNK), labels[counted].split(CHUNK), strict=True)
+    each = (hidden, labels, hidden.detach() if taught is None else taught)
+    chunks = zip(*(x[counted].split(CHUNK) for x in each), strict=True)
     return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
-def losses(model: Llama, attend: Any, rows: list[Row], args: Args) -> Iterator[Tensor]:
+def losses(
+    model: Llama, attend: Any, rows: list[Row], args: Args, teacher: Llama | None = None
+) -> Iterator[Tensor]:
     """The rows' share, batch by batch, of the mean loss of all their labels."""
     count = sum(int((labels != IGNORE).sum()) for _, labels in rows)
     kind, low = torch.device(args.device).type, args.dtype == "bfloat16"
     for start in range(0, len(rows), args.batch_size):
         tokens, labels = collate(rows[start : start + args.batch_size], args.device)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=low):
-            loss = loss_sum(model, model.hidden(tokens, attend), labels) / count
+            with torch.no_grad():
+                taught = teacher.hidden(tokens) if teacher else None
+            hidden = model.hidden(tokens, attend)
+            loss = loss_sum(model, hidden, labels, teacher, taught, args.distill) / count
         yield loss
 
 
@@ -298,6 +333,7 @@ class Trainer:
 
     def __init__(self, args: Args, model: Llama, attend: Any, data: Data) -> None:
         self.args, self.model, self.attend, self.data = args, model, attend, data
+        self.teacher = frozen_copy(model) if args.distill else None
         self.out = Path(args.out)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
@@ -333,7 +369,7 @@ class Trainer:
         args, began, step = self.args, time.perf_counter(), self.step + 1
         rows = self.data.rows(args.seed, step, args.batch_size * args.accumulate)
         total = torch.zeros((), device=args.device)
-        for loss in losses(self.model, self.attend, rows, args):
+        for loss in losses(self.model, self.attend, rows, args, self.teacher):
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained.values(), args.grad_clip or math.inf)
@@ -431,12 +467,13 @@ def write_results(args: Args, model: Llama, tokenizer: Tokenizer | None) -> str:
     names = ("attention", "window", "sinks", "ratio", "recent", "seq_len")
     freqkv, out = {name: getattr(args, name) for name in names}, Path(args.out)
     if args.lora:
-        save_adapter(model, out / "adapter", args.model, freqkv)
+        dtype = getattr(torch, args.save_dtype or "float32")
+        save_adapter(model, out / "adapter", args.model, freqkv, dtype)
         if not args.merge:
             return f"--model {args.model} --adapter {out / 'adapter'}"
         merge_lora(model)
     folder = Path(args.merge or out / "model")
-    save_model(model.to(getattr(torch, args.save_dtype)), folder, tokenizer)
+    save_model(model.to(getattr(torch, args.save_dtype or "bfloat16")), folder, tokenizer)
     write_json(folder / "freqkv.json", freqkv)
     return f"--model {folder}"
 
@@ -468,6 +505,9 @@ def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
     if args.window > most:
         raise ValueError(f"--window: was {args.window}, must be at most the model's {most}")
     args.seq_len = args.seq_len or args.window * (1 if args.attention == "full" else 2)
+    if args.distill and args.seq_len > most:
+        must = f"at most the model's {most} with --distill"
+        raise ValueError(f"--seq-len: was {args.seq_len}, must be {must}")
     attend, data = attention(args), read_data(args, tokenizer, config.vocab_size)
     if vars(args).setdefault("data_sha256", data.sha256) != data.sha256:
         raise ValueError("--data: was changed since the run began, must be the same to resume")

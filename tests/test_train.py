@@ -82,7 +82,7 @@ def curve(out):
 
 
 def args_of(**changes):
-    defaults = {"batch_size": 4, "device": "cpu", "dtype": "float32"}
+    defaults = {"batch_size": 4, "device": "cpu", "dtype": "float32", "distill": 0.0}
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -139,6 +139,43 @@ def test_gradients_equal_finite_differences():
         assert difference == pytest.approx(
             (found[name] * direction).sum().item(), rel=1e-5, abs=1e-8
         )
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_imitation_is_of_the_predictions_of_full_attention(monkeypatch, share):
+    """Against the divergence as it is defined, token by token, in float64."""
+    monkeypatch.setattr(train, "CHUNK", 7)
+    model, attend = tiny_model().double(), FreqKVAttention(CONFIG)
+    teacher = train.frozen_copy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tokens, labels = random_tokens(1, 40), random_tokens(1, 40, seed=3)
+    labels[0, :5] = corpus.IGNORE
+    expected = torch.zeros((), dtype=torch.float64)
+    found, target = (
+        m(tokens, a)[0].softmax(-1) for m, a in ((model, attend), (teacher, causal_attention))
+    )
+    for t in range(5, 40):
+        imitation = (target[t] * (target[t] / found[t]).log()).sum()
+        expected += share * imitation - (1 - share) * found[t, labels[0, t]].log()
+    (loss,) = train.losses(model, attend, [(tokens[0], labels[0])], args_of(distill=share), teacher)
+    weights = list(model.parameters())
+    assert_close(loss, expected / 35)
+    assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(expected / 35, weights))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_teacher_stays_and_shares_what_is_frozen(checkpoint, tokens_file, tmp_path):
+    argv = flags(checkpoint, tokens_file, tmp_path / "run", "--lora", "--distill", 1, "--warmup", 0)
+    args = train.settings([*argv, "--accumulate", "1", "--train", "norm"])
+    trainer, _ = train.prepare(args)
+    model, teacher = trainer.model, trainer.teacher
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    trainer.train_step()
+    assert_close(dict(teacher.named_parameters()), before, rtol=0, atol=0)
+    assert model.layers[0].mlp.up_proj.weight is teacher.layers[0].mlp.up_proj.weight
+    assert not model.norm.weight.equal(teacher.norm.weight)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -510,6 +547,19 @@ def test_lora_and_merge(checkpoint, tokens_file, tmp_path, script):
     assert_close(load_model(third / "model")(tokens), with_adapter, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_in_bfloat16(checkpoint, tokens_file, tmp_path, script):
+    """Half the bytes of the same adapter, and one that loads."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        more = "--lora", "--accumulate", 1, "--save-dtype", dtype
+        assert script(*flags(checkpoint, tokens_file, out, *more)).code == 0
+        found[dtype] = load_file(out / "adapter/adapter_model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in found["float32"].items()}
+    assert_close(found["bfloat16"], rounded, rtol=0, atol=0)
+    load_model(checkpoint, adapter=tmp_path / "bfloat16/adapter")
+
+
 def test_an_adapter_goes_on_in_full_precision(checkpoint, tokens_file, tmp_path, script):
     save_model(load_model(checkpoint, torch.bfloat16), tmp_path / "low", load_tokenizer(checkpoint))
     files = []
@@ -548,7 +598,7 @@ PAIRS = [
     "--checkpointing", "--dtype bfloat16", "--dtype float32", "--weight-decay 0.1 --grad-clip 0",
     "--schedule cosine --warmup 1", "--eval-every 0 --save-every 0", "--keep-last 1 --seed 3",
     "--eval-every 1 --save-every 1 --val-share 0.2", "--bin-dtype uint16", "--val-share 0",
-    "--save-dtype float32", "--resume", "--accumulate 3",
+    "--save-dtype float32", "--resume", "--accumulate 3", "--distill 0.5",
 ]  # fmt: skip
 
 
@@ -603,9 +653,9 @@ RUN = ("--steps", "6", "--eval-every", "2", "--save-every", "2", "--accumulate",
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, tokens_file, tmp_path_factory):
-    """Runs that nothing interrupts, to compare with: all weights, and LoRA."""
+    """Runs that nothing interrupts, to compare with: all weights, LoRA, and imitation."""
     runs = {}
-    for kind in ("--full", "--lora"):
+    for kind in ("--full", "--lora", "--distill=1"):
         runs[kind] = tmp_path_factory.mktemp("whole") / "run"
         train.main(flags(checkpoint, tokens_file, runs[kind], *RUN, kind))
     return runs
@@ -633,7 +683,7 @@ def stop_at(monkeypatch, *steps, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["--full", "--lora"])
+@pytest.mark.parametrize("kind", ["--full", "--lora", "--distill=1"])
 def test_resumed_exactly(
     checkpoint, tokens_file, tmp_path, script, monkeypatch, whole, kind, number
 ):
@@ -877,6 +927,10 @@ BAD = {
         "had no answer within --seq-len, 40",
     ),
     "wide window": (lambda folder: ("--window", 65), "--window: was 65, must be at most"),
+    "no teacher so far": (
+        lambda folder: ("--distill", 1, "--seq-len", 65),
+        "--seq-len: was 65, must be at most the model's 64 with --distill",
+    ),
     "no span": (lambda folder: ("--sinks", 16), "sinks + recent: was 16, must be below window"),
     "ratio 1": (lambda folder: ("--ratio", 1), "ratio: was 1.0, must be a number in [0, 1)"),
     "no model": (lambda folder: ("--model", "no/such"), "no/such"),

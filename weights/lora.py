@@ -52,7 +52,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, a), b)
+        return F.linear(x, self.weight) + F.linear(self.scale * F.linear(x, a), b)
 
 
 def add_lora(
@@ -90,13 +90,24 @@ def merge_lora(model: Llama) -> None:
 
 
 def save_adapter(
-    model: Llama, path: str | Path, base: str = "", freqkv: Mapping[str, Any] | None = None
+    model: Llama,
+    path: str | Path,
+    base: str = "",
+    freqkv: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what is trained of a model with LoRA into the folder `path`; `base` is for readers."""
+    """Write what is trained of a model with LoRA into the folder `path`; `base` is for readers.
+
+    dtype: the parameters' own unless given.
+    """
     updates = {n: m for n, m in _linears(model).items() if isinstance(m, LoraLinear)}
     if len({(m.rank, m.scale) for m in updates.values()}) != 1:
         raise ValueError(f"model: had {len(updates)} LoRA layers, must have some, of one rank")
-    trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name: parameter.detach().to("cpu", dtype)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     tensors = {_published(name): tensor.contiguous() for name, tensor in trained.items()}
     whole = {name.split(".")[-2] for name in trained if not name.endswith(LORA)}
     if model.lm_head is None and "embed_tokens" in whole:
