@@ -1,14 +1,13 @@
-"""The discrete cosine transform as matrices, and the low-pass operator that FreqKV makes of it.
+"""The discrete cosine transform, and the low-pass operator that FreqKV makes of it.
 
 Defines the orthonormal DCT-II (`dct`, `dct_matrix`), its inverse the DCT-III (`idct`), and the
-matrix that takes n samples to fewer with the same low frequencies (`lowpass_matrix`). Knows nothing
-of caches, attention or models, and needs only torch.
+matrix that takes n samples to fewer with the same low frequencies (`lowpass_matrix`).
 
     C[k, i] = s_k cos(pi (2i + 1) k / 2n),   s_0 = sqrt(1/n),   s_k = sqrt(2/n) for k > 0
 
-A matrix and not a fast algorithm: right at any n, odd ones included, differentiable, and short.
-Matrices are made in float64 on the CPU, once for each size, dtype and device, and kept. They are
-shared: do not write into one.
+`dct` and `idct` go by the FFT. The operator is a matrix: one product in place of two transforms,
+and faster. Matrices are made in float64, once for each size, dtype and device, kept and shared: do
+not write into one.
 """
 
 import math
@@ -18,9 +17,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["dct", "dct_matrix", "idct", "lowpass_halves", "lowpass_matrix", "no_autocast"]
+__all__ = ["dct", "dct_matrix", "idct", "lowpass_halves", "lowpass_matrix"]
 
 Device = torch.device | str
+Build = Callable[[int, int], tuple[Tensor, ...]]
 
 
 def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
@@ -33,11 +33,10 @@ def lowpass_matrix(
 ) -> Tensor:
     """The operator P = sqrt(keep/n) C_keep.T C_n[:keep], [keep, n] (FreqKV, section 3).
 
-    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. The
-    factor makes up for the different lengths of the two transforms: constants pass unchanged (every
-    row of P sums to 1) and a band-limited signal is sampled anew at the same amplitude. P is
-    centrosymmetric, P[keep-1-m, n-1-i] = P[m, i], and the identity at keep = n.
-    Raises ValueError unless 0 <= keep <= n and n >= 1.
+    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. By the
+    factor constants pass unchanged (rows of P sum to 1), and a band-limited signal is sampled anew
+    at the same amplitude. P is centrosymmetric, P[keep-1-m, n-1-i] = P[m, i], and the identity at
+    keep = n. ValueError unless 0 <= keep <= n and n >= 1.
     """
     return _kept(_lowpass_matrix, n, keep, dtype, torch.device(device))[0]
 
@@ -49,8 +48,8 @@ def lowpass_halves(
 
     Even frequencies are symmetric about the middle of the signal and odd ones antisymmetric. With
     J the reversal, the first half of y = P x is A (x + Jx) + B (x - Jx), and the second half, read
-    from its end, A (x + Jx) - B (x - Jx): two products of half the size, half the arithmetic.
-    A and B are [ceil(keep/2), ceil(n/2)], and take the first ceil(n/2) rows of x + Jx and x - Jx.
+    from its end, A (x + Jx) - B (x - Jx): half the arithmetic. A and B, [ceil(keep/2), ceil(n/2)],
+    take the first ceil(n/2) rows of x + Jx and x - Jx.
     """
     a, b = _kept(_lowpass_halves, n, keep, dtype, torch.device(device))
     return a, b
@@ -67,22 +66,23 @@ def idct(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
-    if x.is_complex():
-        raise ValueError(f"x: was {x.dtype}, must be real")
+    if x.is_complex() or not x.shape[dim]:
+        raise ValueError(f"x: was {x.dtype} {tuple(x.shape)}, must be real, with samples")
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    wide = torch.promote_types(dtype, torch.float32)
-    matrix = dct_matrix(x.shape[dim], wide, x.device)
-    with no_autocast(x):  # a row vector times C.T is the transform of the row; times C, the inverse
-        rows = x.movedim(dim, -1).to(wide) @ (matrix if inverse else matrix.T)
+    rows = x.movedim(dim, -1).to(torch.promote_types(dtype, torch.float32))
+    # The Fourier transform of the even samples forward and then the odd ones backward is the DCT
+    # but for a turn by s_k exp(-i pi k / 2n) (Makhoul, IEEE Trans. ASSP 28, 1980).
+    k = torch.arange(n := rows.shape[-1], dtype=torch.float64, device="cpu")
+    turn = torch.polar(torch.full_like(k, math.sqrt(2 / n)), k * (-math.pi / (2 * n)))
+    turn[0] /= math.sqrt(2)
+    turn, i = turn.to(x.device, rows.dtype.to_complex()), torch.arange(n, device=x.device)
+    order = torch.cat((i[::2], i[1::2].flip(0)))
+    if inverse:
+        mirrored = torch.cat((torch.zeros_like(rows[..., :1]), rows[..., 1:].flip(-1)), dim=-1)
+        rows = torch.fft.ifft(torch.complex(rows, -mirrored) / turn).real[..., order.argsort()]
+    else:
+        rows = (torch.fft.fft(rows[..., order]) * turn).real
     return rows.to(dtype).movedim(-1, dim)
-
-
-def no_autocast(x: Tensor) -> torch.autocast:
-    """A context in which products of x keep its dtype, whatever the caller's autocast says."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-
-Build = Callable[[int, int], tuple[Tensor, ...]]
 
 
 @lru_cache(maxsize=32)

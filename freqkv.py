@@ -5,8 +5,7 @@ and two forms of one function: `FreqKVAttention`, a whole sequence in one differ
 `FreqKVCache`, any number of tokens a call. Any model's attention may call attend(layer, q, k, v,
 rope): q, k, v unrotated; rope(x, start, inverse=False) rotates x as positions start on, or back.
 Shapes: B batch, H query heads, K kv heads, T new tokens, D head dimension, N slots (the window).
-
-The first N tokens are ordinary causal attention. A token that finds all N slots taken sets off a
+The first N tokens are ordinary causal attention. A token that finds all of them taken sets off a
 round of compression, which frees `stride` slots:
 
     | S sinks |              span              | R recent |     before: N slots taken
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dct import lowpass_halves, no_autocast
+from dct import dct, idct, lowpass_halves
 
 Operator = Callable[[Tensor, int], Tensor]  # x [..., n, D], keep -> [..., keep, D]
 Rope = Callable[..., Tensor]  # rope(x, start, inverse=False)
@@ -87,10 +86,11 @@ def compress(x: Tensor, keep: int) -> Tensor:
     Equals `lowpass_matrix(n, keep) @ x` (paper, section 3) at half the arithmetic: sums of mirrored
     samples hold the even frequencies, differences the odd ones. Computed in float32 or wider.
     """
-    n, half = x.shape[-2], (x.shape[-2] + 1) // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    a, b = lowpass_halves(n, keep, wide, x.device)
-    with no_autocast(x):
+    n, wide = x.shape[-2], torch.promote_types(x.dtype, torch.float32)
+    if keep and n > 16384:  # the matrices would take gigabytes: there and back by the FFT
+        return ((keep / n) ** 0.5 * idct(dct(x.to(wide), -2)[..., :keep, :], -2)).to(x.dtype)
+    half, (a, b) = (n + 1) // 2, lowpass_halves(n, keep, wide, x.device)
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         front, back = x[..., :half, :].to(wide), x[..., n - half :, :].to(wide).flip(-2)
         even, odd = a @ (front + back), b @ (front - back)
         # The output mirrors too; the middle sample of an odd `keep` is in the first half.

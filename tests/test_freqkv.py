@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import freqkv
 from dct import lowpass_matrix
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress, newest
 from model import causal_attention
@@ -126,6 +127,22 @@ def test_compress_is_the_lowpass_matrix(n, data):
     close(compress(x, keep), lowpass_matrix(n, keep, torch.float64) @ x, 1e-12)
     constant = torch.full((n, 2), 1.5)
     close(compress(constant, keep), constant[:keep], 1e-5)
+
+
+@pytest.mark.parametrize("n", [16385, 131068])
+@pytest.mark.parametrize("ratio", [0, 0.3, 0.5])
+def test_compress_of_a_long_span_needs_no_matrix(monkeypatch, n, ratio):
+    """The window of Llama 3.1, whose matrices would take 17 GB."""
+    if ratio:
+        monkeypatch.setattr(freqkv, "lowpass_halves", None)
+    x, keep = torch.randn(1, n, 2, generator=torch.Generator().manual_seed(0)), int(ratio * n)
+    low = scipy.fft.dct(x.double().numpy(), axis=1, norm="ortho")[:, :keep]
+    expected = np.sqrt(keep / n) * scipy.fft.idct(low, axis=1, norm="ortho") if keep else low
+    close(compress(x, keep), torch.from_numpy(expected).float(), 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compress(x, keep), compress(x.float(), keep))
+    low = x.bfloat16()
+    assert torch.equal(compress(low, keep), compress(low.float(), keep).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
