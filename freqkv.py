@@ -168,7 +168,7 @@ class FreqKVCache:
         """Unrotated q [B, H, T, D]; k, v [B, K, T, D] to out [B, H, T, D]."""
         _check_shapes(q, k, v)
         keys, values = self._buffers.get(layer) or self._allocate(layer, k, v)
-        if k[:, :, :0].shape != keys[:, :, :0].shape or k.dtype != keys.dtype:
+        if (k.shape[:2], k.shape[3:], k.dtype) != (keys.shape[:2], keys.shape[3:], keys.dtype):
             was, must = (f"{tuple(x.shape)} {x.dtype}" for x in (k, keys))
             raise ValueError(f"k: was {was}, must fit the slots, {must}; reset() for a new batch")
         out, start, config = torch.empty_like(q), 0, self.config.at(layer)
@@ -244,6 +244,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q[:, :1].shape != k[:, :1].shape or v.shape != k.shape or q.shape[1] % k.shape[1]:
+    same = (q.shape[0], q.shape[2:]) == (k.shape[0], k.shape[2:]) and k.shape == v.shape
+    if not same or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v: were {shapes}, must be [B, H, T, D], [B, K, T, D] twice")

@@ -102,14 +102,12 @@ class Rope:
         """Rotate x [..., T, D] as positions start .. start+T-1, or undo it; keeps the dtype."""
         stop = start + x.shape[-2]
         cos, sin = self._table(x.device, stop)[:, start:stop]
-        if inverse:
-            sin = -sin
-        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        return torch.cat(turned, dim=-1).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        other = wide.roll(x.shape[-1] // 2, dims=-1)  # of each channel's pair
+        return torch.addcmul(wide * cos, other, -sin if inverse else sin).to(x.dtype)
 
     def _table(self, device: torch.device, stop: int) -> Tensor:
-        """cos and sin of all angles up to position stop, [2, at least stop, D/2]."""
+        """For each channel cos, and -sin or sin of its angle: [2, at least stop, D]."""
         table = self._tables.get(device)
         if table is None or table.shape[1] < stop:
             # Out of inference mode: a table made inside it could not be used in training later.
@@ -117,7 +115,9 @@ class Rope:
                 length = max(256, 1 << (stop - 1).bit_length())
                 positions = torch.arange(length, dtype=torch.float64, device="cpu")
                 angles = positions[:, None] * self.inv_freq
-                table = torch.stack((angles.cos(), angles.sin())).float().to(device)
+                cos, sin = angles.cos(), angles.sin()
+                table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+                table = table.float().to(device)
             self._tables[device] = table
         return table
 

@@ -202,12 +202,26 @@ def draw_lengths(figure: Any, records: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_curve(figure: Any, curves: Sequence[dict[str, Any]]) -> None:
-    axes = figure.subplots()
-    of = by_strategy(curves)
-    middle = {n: [(p["tokens_from"] + p["tokens_to"]) / 2 for p in x] for n, x in of.items()}
-    lines(axes, {name: (middle[name], [p["loss"] for p in x]) for name, x in of.items()})
-    axes.set(xlabel="place in the text (tokens)", ylabel="loss (nats a token)")
+    """Loss by place, and under it how far each strategy is above the best, free of the text's own
+    ups and downs."""
+    losses = {name: np.array([p["loss"] for p in x]) for name, x in by_strategy(curves).items()}
+    first = next(iter(by_strategy(curves).values()))
+    middle = [(p["tokens_from"] + p["tokens_to"]) / 2 for p in first]
+    best = min(losses, key=lambda name: losses[name].mean())
+    figure.set_size_inches(7, 6 if len(losses) > 1 else 4.2)
+    axes, *below = figure.subplots(min(len(losses), 2), sharex=True, squeeze=False)[:, 0]
+    lines(axes, {name: (middle, y.tolist()) for name, y in losses.items()})
+    axes.set_ylabel("loss (nats a token)")
     axes.set_title(clip(axes, [point["loss"] for point in curves]), fontsize=9)
+    for under in below:
+        lines(under, {name: (middle, (y - losses[best]).tolist()) for name, y in losses.items()})
+        under.get_legend().remove()
+        under.set_ylabel(f"above {best} (nats)")
+        gaps = np.abs([y - losses[best] for name, y in losses.items() if name != best])
+        far = 4 * float(np.median(gaps))
+        if 0 < far < gaps.max():
+            under.set_ylim(-far / 4, far)
+    (*below, axes)[0].set_xlabel("place in the text (tokens)")
 
 
 def clip(axes: Any, values: Sequence[float]) -> str:

@@ -614,6 +614,29 @@ def test_every_curve_is_drawn_and_high_ones_are_cut_off():
     assert axes.get_ylim() == (1.8, 6)
 
 
+def test_the_curve_by_place_shows_the_gap_to_the_best():
+    pytest.importorskip("matplotlib")
+    losses = {"full": [3, 3, 90], "freqkv": [3, 3.5, 3.25], "window": [3, 3.25, 3.0]}
+    curves = [
+        {"strategy": name, "tokens_from": 1 + 4 * i, "tokens_to": 4 + 4 * i, "loss": y}
+        for name, values in losses.items()
+        for i, y in enumerate(values)
+    ]
+    figure = report.figure_class()()
+    perplexity.draw_curve(figure, curves)
+    above, below = figure.axes
+    assert [line.get_ydata().tolist() for line in above.lines] == [*losses.values()]
+    gaps = [[0, -0.25, 87], [0, 0.25, 0.25], [0, 0, 0]]
+    assert [line.get_ydata().tolist() for line in below.lines] == gaps
+    assert below.lines[0].get_xdata().tolist() == [2.5, 6.5, 10.5]
+    assert below.get_ylabel() == "above window (nats)"
+    assert below.get_ylim() == (-0.25, 1)  # of the gaps, 4 times the median
+    figure = report.figure_class()()
+    perplexity.draw_curve(figure, curves[:3])
+    assert len(figure.axes) == 1
+    assert figure.axes[0].get_xlabel() == "place in the text (tokens)"
+
+
 def test_panels_of_the_grid_keep_their_titles():
     pytest.importorskip("matplotlib")
     grid = [
