@@ -5,9 +5,8 @@ matrix that takes n samples to fewer with the same low frequencies (`lowpass_mat
 
     C[k, i] = s_k cos(pi (2i + 1) k / 2n),   s_0 = sqrt(1/n),   s_k = sqrt(2/n) for k > 0
 
-`dct` and `idct` go by the FFT. The operator is a matrix: one product in place of two transforms,
-and faster. Matrices are made in float64, once for each size, dtype and device, kept and shared: do
-not write into one.
+`dct` and `idct` go by the FFT, the operator is a matrix: up to some 4096 samples that is faster.
+Matrices are made in float64, once for each size, dtype and device, and shared: only read them.
 """
 
 import math
@@ -33,10 +32,9 @@ def lowpass_matrix(
 ) -> Tensor:
     """The operator P = sqrt(keep/n) C_keep.T C_n[:keep], [keep, n] (FreqKV, section 3).
 
-    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. By the
-    factor constants pass unchanged (rows of P sum to 1), and a band-limited signal is sampled anew
-    at the same amplitude. P is centrosymmetric, P[keep-1-m, n-1-i] = P[m, i], and the identity at
-    keep = n. ValueError unless 0 <= keep <= n and n >= 1.
+    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. Rows of
+    P sum to 1, so constants pass unchanged; a band-limited signal is sampled anew, as high. P is
+    centrosymmetric, P[keep-1-m, n-1-i] = P[m, i]. ValueError unless 0 <= keep <= n and n >= 1.
     """
     return _kept(_lowpass_matrix, n, keep, dtype, torch.device(device))[0]
 
@@ -71,17 +69,20 @@ def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     rows = x.movedim(dim, -1).to(torch.promote_types(dtype, torch.float32))
     # The Fourier transform of the even samples forward and then the odd ones backward is the DCT
-    # but for a turn by s_k exp(-i pi k / 2n) (Makhoul, IEEE Trans. ASSP 28, 1980).
-    k = torch.arange(n := rows.shape[-1], dtype=torch.float64, device="cpu")
+    # but for a turn by s_k exp(-i pi k / 2n); frequency n - k is in what k leaves (Makhoul, 1980).
+    n, half = rows.shape[-1], rows.shape[-1] // 2 + 1
+    k = torch.arange(half, dtype=torch.float64, device="cpu")
     turn = torch.polar(torch.full_like(k, math.sqrt(2 / n)), k * (-math.pi / (2 * n)))
     turn[0] /= math.sqrt(2)
     turn, i = turn.to(x.device, rows.dtype.to_complex()), torch.arange(n, device=x.device)
     order = torch.cat((i[::2], i[1::2].flip(0)))
     if inverse:
-        mirrored = torch.cat((torch.zeros_like(rows[..., :1]), rows[..., 1:].flip(-1)), dim=-1)
-        rows = torch.fft.ifft(torch.complex(rows, -mirrored) / turn).real[..., order.argsort()]
+        rest = torch.cat((torch.zeros_like(rows[..., :1]), rows[..., n - half + 1 :].flip(-1)), -1)
+        rows = torch.fft.irfft(torch.complex(rows[..., :half], -rest) / turn, n)
+        rows = rows[..., order.argsort()]
     else:
-        rows = (torch.fft.fft(rows[..., order]) * turn).real
+        band = torch.fft.rfft(rows[..., order]) * turn
+        rows = torch.cat((band.real, -band.imag[..., 1 : n - half + 1].flip(-1)), dim=-1)
     return rows.to(dtype).movedim(-1, dim)
 
 
