@@ -7,12 +7,13 @@ attention takes hours, and what a step costs does not depend on what it finds. A
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import cli
 from freqkv import FreqKVCache, FreqKVConfig
 from model import FullCache, Llama, LlamaConfig, RopeScaling
 from weights import load_model
@@ -46,9 +47,8 @@ def new_model(name: str, dtype: torch.dtype, device: torch.device) -> Llama:
     with torch.device("meta"):
         model = Llama(SHAPES[name]).to(dtype)
     model.to_empty(device=device)
-    block = 0.02 * torch.randn(
-        1 << 20, device=device
-    )  # again and again: what is in it costs nothing
+    # One block again and again: what is in it bears on no time.
+    block = 0.02 * torch.randn(1 << 20, device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             for part in parameter.view(-1).split(len(block)):
@@ -139,3 +139,26 @@ def of_transformers(theirs: Any, model: Llama, tokens: int) -> Step:
         return out.logits[:, -1]
 
     return step
+
+
+def others(model: Llama, lengths: Sequence[int], more: int) -> Iterator[tuple[str, int, Step]]:
+    """What FreqKV is compared with: a peer's name, tokens read, and a step with room for `more`.
+
+    What does not fit into memory, or is not installed, is left out, and said so.
+    """
+    theirs = None
+    for peer in ("full cache", "transformers"):
+        for tokens in lengths:
+            need = cache_bytes(model, tokens)
+            if need * 1.2 > available(model.norm.weight.device):
+                print(f"{peer} after {tokens:,} tokens: left out, takes {cli.size(need)}")
+                continue
+            if peer == "full cache":
+                yield peer, tokens, full(model, tokens, more)
+                continue
+            try:
+                theirs = theirs or twin(model)
+            except ImportError:
+                print("transformers: left out, not installed")
+                break
+            yield peer, tokens, of_transformers(theirs, model, tokens)

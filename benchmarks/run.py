@@ -29,7 +29,7 @@ from torch import Tensor
 
 import cli
 from benchmarks import peers
-from dct import lowpass_matrix
+from dct import dct, idct, lowpass_matrix
 from evaluation.report import lines, picture, table, write_results
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress
 from generate import parts
@@ -111,24 +111,9 @@ def decode(bench: Bench) -> list[Record]:
             share = max(0.0, with_round / seconds - 1) / config.stride
             name = f"FreqKV, window {config.window}"
             add(name, tokens, seconds, config.window, share_of_rounds=share)
-    theirs = None
-    for peer in ("full cache", "transformers"):
-        for tokens in bench.sizes["lengths"]:
-            need = peers.cache_bytes(model, tokens)
-            if need * 1.2 > peers.available(bench.device):
-                print(f"{peer} after {tokens:,} tokens: left out, takes {cli.size(need)}")
-                continue
-            if peer == "full cache":
-                step = peers.full(model, tokens, count + WARM)
-            else:
-                try:
-                    theirs = theirs or peers.twin(model)
-                except ImportError:
-                    print("transformers: left out, not installed")
-                    break
-                step = peers.of_transformers(theirs, model, tokens)
-            add(peer, tokens, bench.token_time(step, count), tokens)
-            del step
+    for peer, tokens, step in peers.others(model, bench.sizes["lengths"], count + WARM):
+        add(peer, tokens, bench.token_time(step, count), tokens)
+        del step  # and its memory, before the next is filled
     return found
 
 
@@ -189,42 +174,21 @@ def prefill(bench: Bench) -> list[Record]:
         about = {"peer": f"FreqKV, window {config.window}", "tokens": tokens}
         found.append(about | {"rate": tokens / seconds, "rounds": cache.seconds / seconds})
     block = torch.randint(vocabulary, (1, min(chunk, tokens)), device=bench.device)
-    theirs = None
-    for peer in ("full cache", "transformers"):
-        for tokens in bench.sizes["reads"]:
-            if peers.cache_bytes(model, tokens) * 1.2 > peers.available(bench.device):
-                continue
-            if peer == "full cache":
-                step = peers.full(model, tokens, block.shape[1])
-            else:
-                try:
-                    theirs = theirs or peers.twin(model)
-                except ImportError:
-                    break
-                step = peers.of_transformers(theirs, model, tokens)
-            seconds = timed(lambda: step(block), 1, bench.device, warm=0)  # noqa: B023 (called at once)
-            found.append({"peer": peer, "tokens": tokens, "rate": block.shape[1] / seconds})
+    for peer, tokens, step in peers.others(model, bench.sizes["reads"], block.shape[1]):
+        seconds = timed(partial(step, block), 1, bench.device, warm=0)
+        found.append({"peer": peer, "tokens": tokens, "rate": block.shape[1] / seconds})
+        del step
     return found
 
 
 def fft_lowpass(x: Tensor, keep: int) -> Tensor:
-    """As `compress`, by fast Fourier transforms (Makhoul, 1980), for keep up to half of n."""
-    n, wide = x.shape[-2], x.float().transpose(-1, -2)
-    k = torch.arange(keep, device=x.device) * math.pi / 2
-    # Even samples forward, then the odd ones backward; a shift by a quarter of a sample.
-    order = torch.cat((wide[..., ::2], wide[..., 1::2].flip(-1)), dim=-1)
-    band = (torch.fft.rfft(order)[..., :keep] * torch.polar(torch.ones_like(k), -k / n)).real
-    band *= keep / n  # what is left of both scales, and of the factor sqrt(keep/n)
-    mirrored = torch.cat((torch.zeros_like(band[..., :1]), band[..., 1:].flip(-1)), dim=-1)
-    back = torch.complex(band, -mirrored) * torch.polar(torch.ones_like(k), k / keep)
-    back = torch.fft.irfft(back[..., : keep // 2 + 1], keep)
-    out, half = torch.empty_like(back), (keep + 1) // 2
-    out[..., ::2], out[..., 1::2] = back[..., :half], back[..., half:].flip(-1)
-    return out.transpose(-1, -2).to(x.dtype)
+    """As `compress`, by fast Fourier transforms at any size."""
+    low = dct(x.float(), dim=-2)[..., :keep, :]
+    return (math.sqrt(keep / x.shape[-2]) * idct(low, dim=-2)).to(x.dtype)
 
 
 def compression(bench: Bench) -> list[Record]:
-    """One span compressed to half: by two products of half size, by one, by FFT."""
+    """One span to half: by `compress` (half products; FFT over 4096), by one product, by FFT."""
     found = []
     for span, heads, dtype in (
         (span, heads, dtype)
@@ -236,7 +200,7 @@ def compression(bench: Bench) -> list[Record]:
         matrix = lowpass_matrix(span, keep, torch.float32, bench.device)
         exact = lowpass_matrix(span, keep, torch.float64, bench.device) @ x.double()
         ways = {
-            "two half products": (compress, matrix.nbytes // 2),
+            "compress": (compress, matrix.nbytes // 2 if span <= 4096 else 0),
             "one product": (lambda x, keep: (matrix @ x.float()).to(x.dtype), matrix.nbytes),  # noqa: B023
             "FFT": (fft_lowpass, 0),
         }
