@@ -30,6 +30,7 @@ from freqkv import FreqKVCache, FreqKVConfig, compress, newest
 from model import FullCache, Llama, LlamaConfig
 from weights import Tokenizer, chat_tokens, find, load_model, load_tokenizer
 from weights.files import check_writable, read_json, write_beside
+from weights.lora import BUILT_IN, find_adapter
 
 OPERATORS = {"freqkv": compress, "window": newest}
 SETTINGS = [field.name for field in fields(FreqKVConfig)]  # window, sinks, ratio, recent
@@ -245,8 +246,8 @@ def encode(args: Namespace, tokenizer: Tokenizer) -> Tensor:
 
 def tuned_settings(args: Namespace) -> dict[str, Any]:
     """The settings that train.py has left with a model or an adapter that it tuned."""
-    folders = [*filter(None, [args.adapter]), find(args.model)]
-    places = [Path(folder) / "freqkv.json" for folder in folders]
+    folders = [*map(find_adapter, filter(None, [args.adapter])), find(args.model)]
+    places = [folder / "freqkv.json" for folder in folders]
     found = next((place for place in places if place.exists()), None)
     return {name: x for name, x in read_json(found).items() if name in SETTINGS} if found else {}
 
@@ -360,7 +361,7 @@ def add_model_flags(add: Callable[..., object]) -> None:
     """The flags that choose a model and, for `schedule`, the slots of its cache."""
     whole, ratio = cli.number(int, 0), f"or one a layer, with commas [{FreqKVConfig.ratio}]"
     add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
-    add("--adapter", type=Path, help="folder of a LoRA adapter, in PEFT's layout")
+    add("--adapter", help=f"{BUILT_IN} (of smollm2), or a folder with a LoRA in PEFT's layout")
     text = "slots N a layer [as tuned; else 4096, or fewer positions]"
     add("--window", type=cli.number(int, 1), help=text)
     add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")

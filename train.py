@@ -40,7 +40,7 @@ from freqkv import FreqKVAttention, FreqKVConfig, compress, newest
 from model import Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import read_json, write_beside, write_json
-from weights.lora import add_lora, load_adapter, merge_lora, save_adapter
+from weights.lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -482,7 +482,7 @@ def merge(args: Args) -> None:
     """Write --model with --adapter merged into it, in the model's own dtype."""
     model = load_model(args.model, adapter=args.adapter)
     save_model(model, args.merge, load_tokenizer(args.model))
-    if (settings := Path(args.adapter) / "freqkv.json").exists():
+    if (settings := find_adapter(args.adapter) / "freqkv.json").exists():
         write_json(Path(args.merge) / "freqkv.json", read_json(settings))
     print(f"merged; generate with: python generate.py --model {args.merge}")
 

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import freqkv
 from dct import lowpass_matrix
@@ -594,3 +595,33 @@ def test_gpu_trains():
         ).mean().backward()
         grads.append(trained.embed_tokens.weight.grad.cpu())
     close(grads[1], grads[0], 1e-3)
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the kernels of attention that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in str(func):
+            self.names.add(str(func).removeprefix("aten._scaled_dot_product_").split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("form", [0, 1], ids=["trains", "reads"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_attention_runs(device, form, kv_heads):
+    """Rounds cut chunks whose causal mask ends at the lower right: without a mask on CUDA, too."""
+    config = FreqKVConfig(window=256, sinks=4, recent=32)
+    like = {"device": device, "dtype": torch.bfloat16, "requires_grad": form == 0}
+    q, k, v = (torch.randn(1, heads, 700, 64, **like) for heads in (4, kv_heads, kv_heads))
+    with Kernels() as kernels:
+        out = both_forms(config)[form](0, q, k, v, plain_rope)
+        if form == 0:
+            out.float().square().sum().backward()
+    # cuDNN's kernel is of the same kind, and newer cards prefer it where no mask is needed.
+    assert kernels.names
+    assert all(name.startswith(("flash_attention", "cudnn_attention")) for name in kernels.names)

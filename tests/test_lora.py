@@ -9,11 +9,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.helpers import random_tokens, tiny_config, tiny_model
-from weights import load_model, save_model
+import generate
+from freqkv import FreqKVConfig
+from tests.helpers import random_tokens, smollm2_path, tiny_config, tiny_model
+from weights import load_model, load_tokenizer, save_model
 from weights.lora import LoraLinear, add_lora, load_adapter, merge_lora, save_adapter
 
 PARTS = [(), ("embed",), ("norm",), ("embed", "norm")]
@@ -209,6 +212,8 @@ def test_a_tied_model_needs_one_embedding(tmp_path):
 
 
 def test_damaged_and_absent_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="was 'no/such', must be 'smollm2-freqkv' or a fol"):
+        load_adapter(base(), "no/such")
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         load_adapter(base(), tmp_path)
     save_adapter(adapted(), tmp_path)
@@ -255,3 +260,31 @@ def test_peft_reads_and_writes_the_same(tmp_path, tied, whole):
         merged = theirs.merge_and_unload()(tokens).logits
         merge_lora(model)
         assert_close(merged, model(tokens), atol=1e-4, rtol=1e-4)
+
+
+# The adapter that comes with this code
+
+PERSUASION = """Sir Walter Elliot, of Kellynch Hall, in Somersetshire, was a man who, for his own
+amusement, never took up any book but the Baronetage; there he found occupation for an idle hour,
+and consolation in a distressed one; there his faculties were roused into admiration and respect,
+by contemplating the limited remnant of the earliest patents; there any unwelcome sensations,
+arising from domestic affairs changed naturally into pity and contempt as he turned over the almost
+endless creations of the last century; and there, if every other leaf were powerless, he could read
+his own history with an interest which never failed."""  # by the author of four of its five texts
+
+
+@pytest.mark.slow
+def test_the_built_in_adapter():
+    """It fits its model, reads what it was tuned for better, and brings its settings along."""
+    smollm2_path()
+    tokens = torch.tensor([load_tokenizer("smollm2").encode(PERSUASION.replace("\n", " "))])
+    losses = []
+    for adapter in (None, "smollm2-freqkv"):
+        model = load_model("smollm2", adapter=adapter)
+        with torch.no_grad():
+            logits = model(tokens)
+        losses.append(F.cross_entropy(logits[0, :-1], tokens[0, 1:]).item())
+    assert losses[1] < losses[0] - 0.03
+    args = generate.parser().parse_args(["--model", "smollm2", "--adapter", "smollm2-freqkv"])
+    config = generate.schedule(args, model.config)
+    assert config == FreqKVConfig(window=2048, sinks=4, ratio=0.5, recent=1536)

@@ -36,8 +36,8 @@ def test_lines_and_budgets(name, budget):
 
 @pytest.mark.parametrize(("script", "least"), [(generate, 6), (train, 4), (evaluate, 6)])
 def test_commands_parse(script, least):
-    pages = [README, script.__doc__, (ROOT / "weights/tiny/README.md").read_text()]
-    pages += [(ROOT / "docs/results.md").read_text()]
+    pages = ["weights/tiny/README.md", "weights/smollm2-freqkv/README.md", "docs/results.md"]
+    pages = [README, script.__doc__, *((ROOT / page).read_text() for page in pages)]
     text = "\n".join(pages).replace("\\\n", " ")
     commands = re.findall(rf"^ *python {script.__name__}\.py(.*)$", text, re.MULTILINE)
     assert len(commands) >= least

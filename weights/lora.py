@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from model import Llama
 from weights.files import read_json, write_beside, write_json
 
-__all__ = ["LoraLinear", "add_lora", "load_adapter", "merge_lora", "save_adapter"]
+__all__ = ["LoraLinear", "add_lora", "find_adapter", "load_adapter", "merge_lora", "save_adapter"]
+
+BUILT_IN = "smollm2-freqkv"
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
@@ -136,14 +138,26 @@ def save_adapter(
             write_json(folder / name, content)
 
 
-def load_adapter(model: Llama, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def find_adapter(path_or_name: str | Path) -> Path:
+    """Where an adapter is: a folder. One name is known, of the one that comes with this code."""
+    path = Path(path_or_name)
+    if path_or_name == BUILT_IN:
+        return Path(__file__).parent / BUILT_IN
+    if not path.is_dir():
+        was = f"adapter: was {str(path_or_name)!r}"
+        raise FileNotFoundError(f"{was}, must be {BUILT_IN!r} or a folder with {CONFIG}")
+    return path
+
+
+def load_adapter(model: Llama, path_or_name: str | Path, dtype: torch.dtype | None = None) -> None:
     """Put an adapter onto a plain `Llama`; what it holds is trained, the rest frozen.
 
     Whole parameters take the model's dtype unless one is given. ValueError, with the model as it
     was, for an adapter of another model: a tensor missing, unexpected or misshapen.
     """
-    file = Path(path) / TENSORS
-    config, tensors = _read(Path(path))
+    path = find_adapter(path_or_name)
+    file = path / TENSORS
+    config, tensors = _read(path)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
     names, whole = _named(model, config["target_modules"]), config.get("modules_to_save") or []
     with torch.device("meta"):

@@ -1,0 +1,64 @@
+"""Draws what several runs of evaluate.py found, side by side.
+
+    python docs/compare.py frontier OUT.png "full attention=runs/full" "eviction=runs/window" ...
+    python docs/compare.py by-position OUT.png "full attention=runs/full" ...
+
+Every folder holds what `evaluate.py perplexity --out FOLDER` and `evaluate.py recall --out FOLDER`
+have written, for one strategy. frontier: perplexity against recall, within the window and past it.
+by-position: the loss by place in the text, above that of the first folder.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evaluation.report import SHADES, STYLES, lines, picture
+
+LENGTH, WINDOW = 8192, 2048  # tokens: where perplexity is taken; what recall is past of
+
+
+def read(folder: str, name: str) -> list[dict[str, Any]]:
+    return json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def recalled(folder: str, here: Callable[[int], bool]) -> float:
+    """Nats that the fact takes off the loss of the answer, on average over distances."""
+    gains = [r["loss_absent"] - r["loss"] for r in read(folder, "recall") if here(r["distance"])]
+    return sum(gains) / len(gains)
+
+
+def frontier(figure: Any, folders: dict[str, str]) -> None:
+    figure.set_size_inches(9, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    places = (("within the window", WINDOW.__gt__), ("past the window", WINDOW.__le__))
+    for axes, (where, here) in zip(panels, places, strict=True):
+        looks = zip(STYLES, SHADES, strict=True)
+        for (name, folder), ((_, marker), shade) in zip(folders.items(), looks, strict=False):
+            (y,) = (r["perplexity"] for r in read(folder, "perplexity") if r["length"] == LENGTH)
+            axes.plot(recalled(folder, here), y, marker, color=shade, label=name)
+        axes.set(xlabel="recall of a fact (nats)", title=where)
+        axes.grid(color="0.9")
+    panels[0].set_ylabel(f"perplexity a token at {LENGTH:,} tokens")
+    panels[1].legend()
+
+
+def by_position(figure: Any, folders: dict[str, str]) -> None:
+    axes, (_, first) = figure.subplots(), next(iter(folders.items()))
+    base = [point["loss"] for point in read(first, "perplexity_by_position")]
+    curves = {}
+    for name, folder in list(folders.items())[1:]:
+        points = read(folder, "perplexity_by_position")
+        middle = [(point["tokens_from"] + point["tokens_to"]) / 2 for point in points]
+        above = [point["loss"] - y for point, y in zip(points, base, strict=True)]
+        curves[name] = middle, above
+    lines(axes, curves)
+    axes.set(xlabel="place in the text (tokens)", ylabel=f"above {next(iter(folders))} (nats)")
+
+
+if __name__ == "__main__":
+    what, out, *named = sys.argv[1:]
+    folders = dict(pair.split("=", 1) for pair in named)
+    draw = {"frontier": frontier, "by-position": by_position}[what]
+    print(picture(Path(out), lambda figure: draw(figure, folders)))
