@@ -112,19 +112,19 @@ class FreqKVAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """Unrotated q [B, H, T, D]; k, v [B, K, T, D] to out [B, H, T, D]."""
         _check_shapes(q, k, v)
-        config, end = self.config.at(layer), q.shape[-2]
-        start, stop = 0, min(config.window, end)
-        keys, values, outs = k[:, :, :stop], v[:, :, :stop], []  # the slots, unrotated
-        while True:
-            q_chunk = rope(q[:, :, start:stop], keys.shape[-2] - (stop - start))  # newest slots
-            outs.append(_attend(q_chunk, rope(keys, 0), values))
-            if stop == end:
-                return torch.cat(outs, dim=-2)
-            start, stop = stop, min(stop + config.stride, end)
-            keys, values = (
-                torch.cat((_round(x, config, self.operator), new[:, :, start:stop]), dim=-2)
-                for x, new in ((keys, k), (values, v))
-            )
+        config, time = self.config.at(layer), q.shape[-2]
+        sizes = [config.window, *config.rounds(time) * [config.stride]]
+        sizes[-1] += time - sum(sizes)
+        outs: list[Tensor] = []
+        slots: list[Tensor] = []  # keys and values, unrotated
+        # Split once: of a slice for each chunk, every gradient would be as long as the text.
+        for q_new, *new in zip(*(torch.split(x, sizes, -2) for x in (q, k, v)), strict=True):
+            old = (_round(x, config, self.operator) for x in slots)
+            slots = [torch.cat(x, dim=-2) for x in zip(old, new, strict=True)] if outs else new
+            keys, values = slots
+            q_new = rope(q_new, keys.shape[-2] - q_new.shape[-2])  # in the newest slots
+            outs.append(_attend(q_new, rope(keys, 0), values))
+        return torch.cat(outs, dim=-2)
 
 
 class FreqKVCache:

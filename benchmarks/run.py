@@ -33,7 +33,7 @@ from dct import dct, idct, lowpass_matrix
 from evaluation.report import lines, picture, table, write_results
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress
 from generate import parts
-from model import Llama, Rope, causal_attention
+from model import Llama, LlamaConfig, Rope, causal_attention
 
 Record = dict[str, Any]
 FULL = {  # what --quick makes smaller
@@ -213,9 +213,9 @@ def compression(bench: Bench) -> list[Record]:
     return found
 
 
-def train_once(name: str, window: int, tokens: int, dtype: str, device: str) -> Record:
+def train_once(config: LlamaConfig, window: int, tokens: int, dtype: str, device: str) -> Record:
     """Attention and its gradients over a text, one layer: the time, and what the process took."""
-    place, config = torch.device(device), peers.config_of(name)
+    place = torch.device(device)
     rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
     attend = FreqKVAttention(FreqKVConfig(window)) if window else causal_attention
     q, k, v = (
@@ -237,9 +237,10 @@ def train_once(name: str, window: int, tokens: int, dtype: str, device: str) -> 
 def training(bench: Bench) -> list[Record]:
     """Attention with gradients, one layer, over texts of several windows; full attention beside."""
     found, window = [], bench.sizes["windows"][0]
+    config = peers.config_of(bench.args.model)  # here: a model in that process would be its peak
     for multiple in bench.sizes["multiples"]:
         for peer in ("FreqKV", "full attention"):
-            about = (bench.args.model, window if peer == "FreqKV" else 0, multiple * window)
+            about = (config, window if peer == "FreqKV" else 0, multiple * window)
             record = apart(train_once, *about, bench.args.dtype, str(bench.device))
             found.append({"peer": peer, "window": window, "tokens": multiple * window} | record)
     return found
