@@ -330,6 +330,8 @@ def shown(records: Sequence[Record]) -> str:
 
 def draw(figure: Any, records: Sequence[Record], axis: tuple[str, str, float]) -> None:
     """A field of the records by tokens, a curve for each peer, on two logarithmic axes."""
+    from matplotlib.ticker import LogLocator
+
     axes, curves, (what, label, unit) = figure.subplots(), {}, axis
     for record in records:
         x, y = curves.setdefault(record["peer"], ([], []))
@@ -337,7 +339,10 @@ def draw(figure: Any, records: Sequence[Record], axis: tuple[str, str, float]) -
         y.append(record[what] * unit)
     lines(axes, curves)
     axes.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel=label)
-    axes.set_xticks(*2 * [sorted({record["tokens"] for record in records})], rotation=45)
+    places = sorted({record["tokens"] for record in records})
+    axes.set_xticks(places, [f"{tokens:,}" for tokens in places], rotation=45)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
 
