@@ -30,7 +30,7 @@ from torch import Tensor
 import cli
 from benchmarks import peers
 from dct import dct, idct, lowpass_matrix
-from evaluation.report import lines, picture, table, write_results
+from evaluation.report import lines, log_ticks, picture, table, write_results
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress
 from generate import parts
 from model import Llama, LlamaConfig, Rope, causal_attention
@@ -338,12 +338,10 @@ def draw(figure: Any, records: Sequence[Record], axis: tuple[str, str, float]) -
         x.append(record["tokens"])
         y.append(record[what] * unit)
     lines(axes, curves)
-    axes.set(xscale="log", yscale="log", xlabel="tokens read before", ylabel=label)
-    places = sorted({record["tokens"] for record in records})
-    axes.set_xticks(places, [f"{tokens:,}" for tokens in places], rotation=45)
+    axes.set(yscale="log", xlabel="tokens read before", ylabel=label)
+    log_ticks(axes, sorted({record["tokens"] for record in records}))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
 
 
 CASES = {f.__name__: f for f in (decode, roofline, prefill, compression, training, memory, big)}

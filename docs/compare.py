@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evaluation.report import SHADES, STYLES, lines, picture
+from evaluation.report import lines, picture
 
 LENGTH, WINDOW = 8192, 2048  # tokens: where perplexity is taken; what recall is past of
 
@@ -32,29 +32,29 @@ def recalled(folder: str, here: Callable[[int], bool]) -> float:
 def frontier(figure: Any, folders: dict[str, str]) -> None:
     figure.set_size_inches(9, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
+    heights = {
+        name: r["perplexity"]
+        for name, folder in folders.items()
+        for r in read(folder, "perplexity")
+        if r["length"] == LENGTH
+    }
     places = (("within the window", WINDOW.__gt__), ("past the window", WINDOW.__le__))
     for axes, (where, here) in zip(panels, places, strict=True):
-        looks = zip(STYLES, SHADES, strict=True)
-        for (name, folder), ((_, marker), shade) in zip(folders.items(), looks, strict=False):
-            (y,) = (r["perplexity"] for r in read(folder, "perplexity") if r["length"] == LENGTH)
-            axes.plot(recalled(folder, here), y, marker, color=shade, label=name)
+        points = {n: ([recalled(folder, here)], [heights[n]]) for n, folder in folders.items()}
+        lines(axes, points)
         axes.set(xlabel="recall of a fact (nats)", title=where)
-        axes.grid(color="0.9")
+    panels[0].get_legend().remove()
     panels[0].set_ylabel(f"perplexity a token at {LENGTH:,} tokens")
-    panels[1].legend()
 
 
 def by_position(figure: Any, folders: dict[str, str]) -> None:
-    axes, (_, first) = figure.subplots(), next(iter(folders.items()))
-    base = [point["loss"] for point in read(first, "perplexity_by_position")]
-    curves = {}
-    for name, folder in list(folders.items())[1:]:
-        points = read(folder, "perplexity_by_position")
-        middle = [(point["tokens_from"] + point["tokens_to"]) / 2 for point in points]
-        above = [point["loss"] - y for point, y in zip(points, base, strict=True)]
-        curves[name] = middle, above
-    lines(axes, curves)
-    axes.set(xlabel="place in the text (tokens)", ylabel=f"above {next(iter(folders))} (nats)")
+    points = {name: read(folder, "perplexity_by_position") for name, folder in folders.items()}
+    first, *others = points
+    middle = [(p["tokens_from"] + p["tokens_to"]) / 2 for p in points[first]]
+    pairs = {name: zip(points[name], points[first], strict=True) for name in others}
+    axes = figure.subplots()
+    lines(axes, {n: (middle, [p["loss"] - q["loss"] for p, q in x]) for n, x in pairs.items()})
+    axes.set(xlabel="place in the text (tokens)", ylabel=f"above {first} (nats)")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import cli
 from evaluation.harness import Bench, Document, interval, new_cache, slot_settings, token_losses
-from evaluation.report import by_strategy, lines, picture, table, write_results
+from evaluation.report import by_strategy, lines, log_ticks, picture, table, write_results
 from freqkv import FreqKVConfig
 
 BINS = 64  # stretches of the longest window, whose mean losses make the curve by position
@@ -195,9 +195,8 @@ def draw_lengths(figure: Any, records: Sequence[dict[str, Any]]) -> None:
     of = by_strategy(records)
     curves = {n: ([r["length"] for r in x], [r["perplexity"] for r in x]) for n, x in of.items()}
     lines(axes, curves)
-    axes.set(xscale="log", xlabel="length of text (tokens)", ylabel="perplexity a token")
-    axes.set_xticks(*2 * [sorted({record["length"] for record in records})], rotation=45)
-    axes.minorticks_off()
+    axes.set(xlabel="length of text (tokens)", ylabel="perplexity a token")
+    log_ticks(axes, sorted({record["length"] for record in records}))
     axes.set_title(clip(axes, [y for _, ys in curves.values() for y in ys]), fontsize=9)
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import cli
 from evaluation.harness import Bench, Document, interval, new_cache, slot_settings
-from evaluation.report import STYLES, by_strategy, lines, picture, table, write_results
+from evaluation.report import STYLES, by_strategy, lines, log_ticks, picture, table, write_results
 from freqkv import FreqKVConfig
 from generate import Cache, parts
 from model import Llama
@@ -239,8 +239,7 @@ def draw(figure: Any, records: Sequence[dict[str, Any]], what: str) -> None:
             look = {"linestyle": STYLES[i][0], "color": "0.75", "linewidth": 1}
             axes.plot(x, [r["loss_absent"] for r in own], label="" if i else "no fact", **look)
         lines(axes, {name: (x, [r[what] for r in own]) for name, own in of.items()})
-        axes.set(xscale="log", xlabel="from the fact to the question (tokens)", title=task)
+        axes.set(xlabel="from the fact to the question (tokens)", title=task)
         axes.set_ylabel("loss (nats an answer)" if what == "loss" else "share of answers right")
-        axes.set_xticks(*2 * [x], rotation=45)
-        axes.minorticks_off()
+        log_ticks(axes, x)
         axes.set_ylim(-0.05, 1.05 if what == "accuracy" else 1.1 * axes.dataLim.ymax)

@@ -94,3 +94,10 @@ def lines(axes: Any, curves: dict[str, tuple[Sequence[float], Sequence[float]]])
         axes.plot(x, y, **look, label=name, markersize=4)
     axes.grid(color="0.9")
     axes.legend()
+
+
+def log_ticks(axes: Any, places: Sequence[int]) -> None:
+    """A logarithmic axis of tokens, marked at `places` and nowhere between."""
+    axes.set_xscale("log")
+    axes.set_xticks(places, places, rotation=45)
+    axes.minorticks_off()

@@ -37,7 +37,7 @@ def load_model(
     device: torch.device | str | None = None,
     adapter: str | Path | None = None,
 ) -> Llama:
-    """A model, in evaluation mode; with an adapter, the folder of a LoRA, as if merged into it.
+    """A model, in evaluation mode; with an adapter, a LoRA by name or folder, as if merged into it.
 
     dtype: the file's own unless given (float32 for a quantised file). device: the CPU unless given.
     In its own dtype on the CPU the weights are mapped and not copied: memory is one copy of them.
