@@ -387,6 +387,40 @@ def test_broken_gguf(tmp_path):
         load_model(write_gguf(path, tiny_model(), **{"llama.rope.scaling.type": "yarn"}))
 
 
+def test_gguf_is_parsed_once_for_its_tokenizer_and_its_model(tmp_path, monkeypatch):
+    """The parse takes seconds. A file written again in between is read again."""
+    gguf = pytest.importorskip("gguf")
+    from weights.gguf_file import open_gguf
+
+    path, parsed = write_gguf(tmp_path / "m.gguf", tiny_model()), []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *args):
+            parsed.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    open_gguf(path)  # as a tokenizer does
+    load_model(path)
+    assert len(parsed) == 1
+    load_model(path)  # the model has let go of it
+    assert len(parsed) == 2
+    open_gguf(path)
+    model = tiny_model()
+    model.norm.weight.data.fill_(7)
+    write_gguf(tmp_path / "new.gguf", model).replace(path)
+    os.utime(path, ns=(0, 0))  # whatever the clock's grain
+    assert load_model(path).norm.weight[0] == 7
+
+
+def test_loading_imports_no_compiler():
+    """torch._dynamo takes seconds, and PyTorch imports it for a normal distribution on meta."""
+    code = "from weights import load_model; load_model('tiny'); import sys; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "torch.nn.init" in modules
+    assert "torch._dynamo" not in modules
+
+
 @pytest.mark.slow
 def test_smollm2_equals_transformers():
     """The real model: our reader, RoPE order and all, against transformers' own GGUF reader."""

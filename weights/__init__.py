@@ -15,9 +15,11 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import Llama
 from weights import gguf_file, meta, safetensors_dir
@@ -44,7 +46,7 @@ def load_model(
     """
     path = find(path_or_name)
     config, tensors = _reader(path).read(path)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = Llama(config)
     state = _checked(path, model, tensors, dtype, torch.device(device or "cpu"))
     model.load_state_dict(state, assign=True)
@@ -96,6 +98,18 @@ def find(path_or_name: str | Path) -> Path:
         ggufs = sorted(path.glob("*.gguf"))
         return ggufs[0] if len(ggufs) == 1 else path
     return path
+
+
+class _Unfilled(TorchFunctionMode):
+    """Makes an embedding without random values: to draw them on meta, PyTorch loads its compiler.
+
+    That takes seconds, for values that the file's replace at once.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _reader(path: Path) -> ModuleType:

@@ -5,6 +5,7 @@ Meta's releases. A llama3 RoPE scaling is stored as a tensor of factors, and fou
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ NAMES = {
 
 def open_gguf(path: Path) -> Any:
     """A `gguf.GGUFReader` of the file; ValueError where the file is not a whole GGUF."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a parse takes seconds: a model that follows its tokenizer shares it
+def _parsed(path: Path, modified: int) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -49,6 +55,7 @@ def open_gguf(path: Path) -> Any:
 def read(path: Path) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
     """Configuration and tensors of a GGUF file, by the names of `model.Llama`."""
     reader = open_gguf(path)
+    _parsed.cache_clear()  # held no longer than the tensors: it takes 150 MB
     fields = {
         name: field.contents() for name, field in reader.fields.items() if "tokenizer" not in name
     }
