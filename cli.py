@@ -60,6 +60,11 @@ def ratio(text: str) -> float | list[float]:
     return found if len(found) > 1 else found[0]
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things: "1 round", "2,046 rounds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Where to compute and in what: CUDA if there is one, else the CPU; bfloat16, else float32."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,12 +1,13 @@
 """Does the method hold, and what does it remember? Numbers and pictures, on any model.
 
     python evaluate.py perplexity --limit 64 --plot           # the built-in model
-    python evaluate.py perplexity --model smollm2 --data 'books/*.txt' --lengths 2048,8192,32768
+    python evaluate.py perplexity --model smollm2 --data 'books/*.txt' --limit 1
     python evaluate.py recall --model smollm2 --data BOOK.txt --plot
 
 Strategies run side by side: full (everything), and four that share one number of slots: freqkv
 (the low band), window (sinks and the newest), average (pooling), high (the high band).
-A measurement that was stopped goes on where it was when the same command is given again.
+A measurement that was stopped goes on where it was when the same command is given again, but for
+spectrum, which takes minutes.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,14 @@ MEASUREMENTS = {  # name: what it measures, what adds its flags, what runs it
         perplexity.run,
     ),
     "ablate": (
-        "perplexity over a grid of operators and settings",
+        "perplexity over a grid of operators and settings "
+        "(--ratios, --sink-counts, --recents in place of --ratio, --sinks, --recent)",
         perplexity.add_grid_flags,
         perplexity.ablate,
     ),
     "recall": ("what is remembered, by age", recall.add_flags, recall.run),
     "spectrum": (
-        "the energy of keys and values by frequency, and errors by ratio (--limit: 8 windows)",
+        "the energy of keys and values by frequency, and errors by ratio beside full attention",
         spectrum.add_flags,
         spectrum.run,
     ),
@@ -55,7 +57,6 @@ def parser() -> cli.Parser:
 
 def add_common(add: Callable[..., object]) -> None:
     """The flags of every measurement."""
-    whole, some = cli.number(int, 0), cli.number(int, 1)
     text = "text files, folders, patterns, or .bin [what train.py holds out of Python's source]"
     add_model_flags(add)
     add("--data", nargs="+", metavar="PATH", help=text)
@@ -64,10 +65,10 @@ def add_common(add: Callable[..., object]) -> None:
     add("--strategies", default="full,freqkv,window", metavar="S,S", help=text)
     add("--out", type=Path, help="folder for results [runs/evaluate-MODEL]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
-    add("--limit", type=whole, default=0, help="windows of a text, or records, at most [all]")
-    add("--batch-size", type=some, help="windows read at a time [as many as fill 4096 slots]")
-    add("--chunk", type=some, default=512, help="tokens read at a time [%(default)s]")
-    add("--seed", type=whole, default=0, help="of what is drawn at random [%(default)s]")
+    text = "windows of a text, or records, at most [all; in spectrum, 8 windows]"
+    add("--limit", type=cli.number(int, 0), default=0, help=text)
+    text = "tokens read at a time; in spectrum, a window [%(default)s]"
+    add("--chunk", type=cli.number(int, 1), default=512, help=text)
 
 
 def main(argv: list[str] | None = None) -> None:

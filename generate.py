@@ -347,26 +347,30 @@ def summary(job: Job, read_seconds: float, made: int, write_seconds: float) -> s
         f"read {count:,} tokens in {read_seconds:.1f} s ({count / read_seconds:.0f} tokens/s), "
         f"wrote {made:,} in {write_seconds:.1f} s ({made / max(write_seconds, 1e-9):.1f} tokens/s)"
     ]
+    beside = ""
     if isinstance(cache, FreqKVCache):
         lines.append(
-            f"{cache.rounds:,} rounds of compression; {cache.slots:,} of {cache.config.window:,} "
-            f"slots in use after {cache.tokens_seen:,} tokens"
+            f"{cli.count(cache.rounds, 'round')} of compression; {cache.slots:,} of "
+            f"{cache.config.window:,} slots in use after {cache.tokens_seen:,} tokens"
         )
-    lines.append(f"cache: {cli.size(cache.nbytes)}; a full cache would hold {cli.size(full)}")
+        beside = f"; a full cache would hold {cli.size(full)}"
+    lines.append(f"cache: {cli.size(cache.nbytes)}{beside}")
     peak, whose = cli.peak_memory(job.model.norm.weight.device)
     return "\n".join([*lines, f"peak memory ({whose}): {cli.size(peak)}"])
 
 
 def add_model_flags(add: Callable[..., object]) -> None:
     """The flags that choose a model and, for `schedule`, the slots of its cache."""
-    whole, ratio = cli.number(int, 0), f"or one a layer, with commas [{FreqKVConfig.ratio}]"
+    whole, tuned = cli.number(int, 0), "as tuned; else "
     add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
     add("--adapter", help=f"{BUILT_IN} (of smollm2), or a folder with a LoRA in PEFT's layout")
-    text = "slots N a layer [as tuned; else 4096, or fewer positions]"
+    text = f"slots N a layer [{tuned}4096, or fewer positions]"
     add("--window", type=cli.number(int, 1), help=text)
-    add("--sinks", type=whole, help=f"first tokens never compressed [{FreqKVConfig.sinks}]")
-    add("--ratio", type=cli.ratio, help=f"share that a round keeps; {ratio}")
-    add("--recent", type=whole, help=f"newest tokens left as they are [{FreqKVConfig.recent}]")
+    add("--sinks", type=whole, help=f"first tokens never compressed [{tuned}{FreqKVConfig.sinks}]")
+    text = f"share that a round keeps; or one a layer, with commas [{tuned}{FreqKVConfig.ratio}]"
+    add("--ratio", type=cli.ratio, help=text)
+    text = f"newest tokens left as they are [{tuned}{FreqKVConfig.recent}]"
+    add("--recent", type=whole, help=text)
     add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
     add("--dtype", choices=list(cli.DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
 

@@ -114,7 +114,8 @@ def parser() -> cli.Parser:
     made = cli.Parser(prog="train.py", description=__doc__)
     for flag, kind, default, text in FLAGS:
         others = [f", --{r}: {x[_name(flag)]}" for r, x in RECIPES.items() if _name(flag) in x]
-        text += f" [{default}{''.join(others)}]" if default not in (None, False) else ""
+        if default is not None and default is not False:  # 0 is one to show
+            text += f" [{default}{''.join(others)}]"
         if kind is None or kind is bool:
             how = {"action": argparse.BooleanOptionalAction if kind else "store_true"}
         elif isinstance(kind, tuple):

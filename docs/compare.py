@@ -8,12 +8,14 @@ have written, for one strategy. frontier: perplexity against recall, within the 
 by-position: the loss by place in the text, above that of the first folder.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cli
 from evaluation.report import lines, picture
 
 LENGTH, WINDOW = 8192, 2048  # tokens: where perplexity is taken; what recall is past of
@@ -42,6 +44,9 @@ def frontier(figure: Any, folders: dict[str, str]) -> None:
     for axes, (where, here) in zip(panels, places, strict=True):
         points = {n: ([recalled(folder, here)], [heights[n]]) for n, folder in folders.items()}
         lines(axes, points)
+        for point in axes.get_lines():
+            point.set(linestyle="none", markersize=7)
+        axes.legend()
         axes.set(xlabel="recall of a fact (nats)", title=where)
     panels[0].get_legend().remove()
     panels[0].set_ylabel(f"perplexity a token at {LENGTH:,} tokens")
@@ -57,8 +62,25 @@ def by_position(figure: Any, folders: dict[str, str]) -> None:
     axes.set(xlabel="place in the text (tokens)", ylabel=f"above {first} (nats)")
 
 
+DRAWN = {"frontier": frontier, "by-position": by_position}
+
+
+def run(text: str) -> tuple[str, str]:
+    """The flag type of NAME=FOLDER."""
+    name, is_one, folder = text.partition("=")
+    if not is_one or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"was {text!r}, must be NAME=FOLDER, of evaluate.py --out")
+    return name, folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = cli.Parser(prog="docs/compare.py", description=__doc__)
+    p.add_argument("what", choices=list(DRAWN), help="what to draw")
+    p.add_argument("out", type=Path, metavar="OUT.png", help="the picture")
+    p.add_argument("runs", type=run, nargs="+", metavar="NAME=FOLDER", help="of evaluate.py --out")
+    args = p.parse_args(argv)
+    print(picture(args.out, partial(DRAWN[args.what], folders=dict(args.runs))))
+
+
 if __name__ == "__main__":
-    what, out, *named = sys.argv[1:]
-    folders = dict(pair.split("=", 1) for pair in named)
-    draw = {"frontier": frontier, "by-position": by_position}[what]
-    print(picture(Path(out), lambda figure: draw(figure, folders)))
+    cli.run(main, "docs/compare.py")

@@ -24,14 +24,17 @@ Setup = tuple[str, FreqKVConfig]  # a strategy and its schedule
 Found = dict[str, Any]  # of a window: its loss summed to each length, and the mean in each bin
 
 
-def add_flags(add: Callable[..., object], lengths: str = "the window, 2, 4, 8 times it") -> None:
-    text = f"tokens, with commas between [{lengths}]"
-    add("--lengths", type=cli.numbers(int, 2), metavar="N,N", help=text)
+def add_flags(
+    add: Callable[..., object], lengths: str = "with commas [the window, 2, 4, 8 times it]"
+) -> None:
+    add("--lengths", type=cli.numbers(int, 2), metavar="N,N", help=f"tokens, {lengths}")
+    text = "windows read at a time [as many as fill 4096 slots]"
+    add("--batch-size", type=cli.number(int, 1), help=text)
     add("--stride", type=cli.number(int, 1), default=256, help="between windows [%(default)s]")
 
 
 def add_grid_flags(add: Callable[..., object]) -> None:
-    add_flags(add, "one, 4 times the window")
+    add_flags(add, "one number [4 times the window]")
     add("--ratios", type=cli.numbers(float, 0, 1), default="0.25,0.5,0.75", help="[%(default)s]")
     add("--sink-counts", type=cli.numbers(int, 0), default="0,4", help="[%(default)s]")
     text = "[0, an eighth, a quarter and half of the window]"
@@ -143,8 +146,9 @@ def summary(texts: Sequence[Document], found: Sequence[Window], setups: int) -> 
     """What is about to be read, and what is not."""
     total = setups * sum(window.length for window in found)
     short = len(texts) - len({window.document for window in found})
-    left = f"; {short} texts too short, left out" if short else ""
-    return f"{len(found)} windows of {len(texts) - short} texts{left}; {total:,} tokens in all"
+    left = f"; {cli.count(short, 'text')} too short, left out" if short else ""
+    read = f"{cli.count(len(found), 'window')} of {cli.count(len(texts) - short, 'text')}"
+    return f"{read}{left}; {total:,} tokens in all"
 
 
 def run(bench: Bench) -> None:

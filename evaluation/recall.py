@@ -166,6 +166,8 @@ def add_flags(add: Callable[..., object]) -> None:
     add("--distances", type=cli.numbers(int, 1), metavar="N,N", help=text)
     text = "facts of a task, or --limit if fewer [%(default)s]"
     add("--trials", type=cli.number(int, 1), default=8, help=text)
+    text = "of what is drawn at random [%(default)s]"
+    add("--seed", type=cli.number(int, 0), default=0, help=text)
 
 
 def run(bench: Bench) -> None:

@@ -141,7 +141,8 @@ def run(bench: Bench) -> None:
         raise ValueError(f"--window: was {length}, must be at most the longest text's {longest}")
     some = np.linspace(0, len(found) - 1, min(args.limit or 8, len(found))).round().astype(int)
     probe = Probe(bench, ratios)
-    print(f"{len(some)} windows of {length:,} tokens, of {len(texts)} texts\n")
+    read = cli.count(len(some), "window")
+    print(f"{read} of {length:,} tokens, of {cli.count(len(texts), 'text')}\n")
     with tqdm(total=len(some) * layers, unit=" layers") as bar, torch.no_grad():
         probe.advance = bar.update
         for window in (found[i] for i in some):
@@ -277,5 +278,7 @@ def draw_held(figure: Any, energy: np.ndarray) -> None:
 def draw_errors(figure: Any, errors: dict[str, np.ndarray], ratios: Sequence[float]) -> None:
     axes = figure.subplots()
     lines(axes, {name: (ratios, rows.mean(0)) for name, rows in errors.items()})
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")  # off the curves
+    axes.get_legend().remove()
     axes.set(xlabel="ratio (share of the span that is kept)", ylim=(0, None))
     axes.set_ylabel("relative error, mean over layers")

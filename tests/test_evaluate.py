@@ -582,9 +582,7 @@ def test_the_table(script):
 
 def test_what_is_left_out_is_said(script):
     ran = script("perplexity", *SLOTS, "--lengths", 200, "--limit", 1)
-    assert ran.out.startswith(
-        "1 windows of 1 texts; 1 texts too short, left out; 600 tokens in all"
-    )
+    assert ran.out.startswith("1 window of 1 text; 1 text too short, left out; 600 tokens in all")
     assert script("perplexity", *SLOTS, "--lengths", 100).out.startswith(
         "2 windows of 2 texts; 600"
     )

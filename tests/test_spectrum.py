@@ -252,7 +252,7 @@ def script(checkpoint, tmp_path, outcome):
 def test_it_writes_what_it_prints(script, tmp_path):
     ran = script("--window", 32, "--limit", 3, "--suggest", 0.4, "--ratios", "0.5,0.25")
     assert ran.code == 0
-    assert "3 windows of 32 tokens, of 1 texts" in ran.out
+    assert "3 windows of 32 tokens, of 1 text" in ran.out
     assert "9/9" in ran.err  # a layer of a window at a time
     out = tmp_path / "out"
     read = {x: json.loads((out / f"{x}.json").read_text()) for x in NAMES}
