@@ -5,8 +5,9 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import torch
 
@@ -56,7 +57,7 @@ def numbers(kind: type, least: float, most: float = float("inf")) -> Callable[[s
 
 def ratio(text: str) -> float | list[float]:
     """A flag's type: the ratio of all layers, or one for each, with commas between them."""
-    found = [float(part) for part in text.split(",")]
+    found = numbers(float, 0, 1)(text)
     return found if len(found) > 1 else found[0]
 
 
@@ -102,14 +103,43 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def run(main: Callable[[], None], name: str) -> NoReturn:
-    """Run a script: wrong input is one line and exit code 2; a closed pipe ends it quietly."""
+class Unread:
+    """A stream that goes on, into nothing, once its reader has gone, as in `| head`."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> Any:
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return call(*args)
+
+
+def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
+    """Run a script: wrong input is one line and exit code 2.
+
+    finish: one whose work is worth more than what it prints goes on when nobody reads that any
+    more; otherwise a closed pipe ends it quietly.
+    """
     for stream in ("stdin", "stdout", "stderr"):  # which a caller may have closed
         if getattr(sys, stream) is None:
             mode = "r" if stream == "stdin" else "w"
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 (for good)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show
+    if finish:
+        sys.stdout = cast(TextIO, Unread(sys.stdout))
     try:
         main()
         sys.stdout.flush()
@@ -117,7 +147,8 @@ def run(main: Callable[[], None], name: str) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the text has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        with suppress(OSError):  # nobody there to be told
+            print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)

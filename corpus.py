@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from weights import Tokenizer, chat_tokens, load_tokenizer
-from weights.files import read_json, write_beside, write_json
+from weights.files import damaged, read_json, write_beside, write_json
 
 IGNORE = -100  # a label that takes no part in the loss
 Args = argparse.Namespace
@@ -158,15 +158,18 @@ def read_texts(
         content.update(part)
     folder, sha256 = Path(args.out) / "data", content.hexdigest()
     record = folder / "tokens.json"
-    if not record.exists() or read_json(record)["sha256"] != sha256:
+    if not record.exists() or read_json(record).get("sha256") != sha256:
         folder.mkdir(parents=True, exist_ok=True)
         texts = list(documents.values())
         sizes = write_tokens(texts, args.val_share, tokenizer, folder / "tokens.bin")
         write_json(record, {"sha256": sha256} | sizes)
-    sizes = read_json(record)
-    tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
-    train, held = np.split(tokens, [sizes["train_tokens"]])
-    return [train], [held], sha256, len(held) / max(sizes["held_out_bytes"], 1)
+    with damaged(folder, "as it was written, or removed"):
+        sizes = read_json(record)
+        tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
+        if len(tokens) != sizes["train_tokens"] + sizes["held_out_tokens"]:
+            raise ValueError(f"tokens.bin holds {len(tokens)} tokens")
+        train, held = np.split(tokens, [sizes["train_tokens"]])
+        return [train], [held], sha256, len(held) / max(sizes["held_out_bytes"], 1)
 
 
 def write_tokens(
@@ -205,13 +208,14 @@ def read_records(file: Path, args: Args, tokenizer: Tokenizer) -> Data:
     try:
         whole = text.lstrip().startswith("[")
         records = json.loads(text) if whole else [json.loads(x) for x in text.split("\n") if x]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: was not JSON ({error}), must be a list of records") from None
     rows: list[Row] = []
     for i, record in enumerate(records):
         try:
             segments = chat_tokens(tokenizer, messages_of(record))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # RuntimeError: sentencepiece, of what is no UTF-8
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             must = "must have instruction and output, or messages"
             raise ValueError(f"{file}: record {i}: was wrong ({error!r}), {must}") from None
         ids = [token for segment, _ in segments for token in segment][: args.seq_len + 1]

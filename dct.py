@@ -86,7 +86,7 @@ def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
     return rows.to(dtype).movedim(-1, dim)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _kept(
     build: Build, n: int, keep: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:

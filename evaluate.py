@@ -78,4 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "evaluate.py")
+    cli.run(main, "evaluate.py", finish=True)

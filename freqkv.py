@@ -87,7 +87,7 @@ def compress(x: Tensor, keep: int) -> Tensor:
     samples hold the even frequencies, differences the odd ones. Computed in float32 or wider.
     """
     n, wide = x.shape[-2], torch.promote_types(x.dtype, torch.float32)
-    if keep and n > 4096:  # there and back by the FFT is faster, and needs no large matrices
+    if 0 < keep <= n > 4096:  # there and back by the FFT is faster, and needs no large matrices
         return ((keep / n) ** 0.5 * idct(dct(x.to(wide), -2)[..., :keep, :], -2)).to(x.dtype)
     half, (a, b) = (n + 1) // 2, lowpass_halves(n, keep, wide, x.device)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
@@ -130,8 +130,8 @@ class FreqKVAttention:
 class FreqKVCache:
     """The recurrent form: reads a text, in calls of any length, into N slots a layer.
 
-    Buffers are allocated at the first call. No gradient, no padding: rows of a batch advance alike.
-    Keys are stored rotated, as slots stay in place between rounds: decoding is plain attention.
+    No gradient, no padding: rows of a batch advance alike. A call that fails leaves layers apart:
+    reset(). Keys are stored rotated, as slots stay between rounds: decoding is plain attention.
     """
 
     def __init__(self, config: FreqKVConfig, operator: Operator = compress) -> None:

@@ -142,7 +142,10 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) ->
 
 
 class FullCache:
-    """The plain KV cache: remembers all of up to `capacity` tokens. Keys are stored rotated."""
+    """The plain KV cache: remembers all of up to `capacity` tokens. Keys are stored rotated.
+
+    A call that fails leaves layers apart: reset().
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

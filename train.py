@@ -39,14 +39,14 @@ from corpus import IGNORE, Data, Row, collate, read_data, read_tokenizer
 from freqkv import FreqKVAttention, FreqKVConfig, compress, newest
 from model import Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
-from weights.files import read_json, write_beside, write_json
+from weights.files import damaged, read_json, write_beside, write_json
 from weights.lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
 Args = argparse.Namespace
 
-COUNT, WHOLE, REAL = cli.number(int, 1), cli.number(int, 0), cli.number(float, 0)
+COUNT, WHOLE, REAL = cli.number(int, 1), cli.number(int, 0), cli.number(float, 0, 1e30)
 FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool is --x/--no-x
     ("--model", str, "tiny", "what to begin from: a name, a folder, a .gguf file"),
     ("--init", str, None, "begin from random weights instead: the config.json of a LLaMA"),
@@ -56,7 +56,7 @@ FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool 
     ("--bin-dtype", ("uint16", "uint32"), None, "of .bin files; uint16 if the vocabulary fits"),
     ("--sft", str, None, "instruction tuning: JSON of (instruction, output) or messages"),
     ("--out", str, None, "the run's folder; runs/<model>-<recipe>"),
-    ("--resume", None, False, "go on from the newest checkpoint in --out, with its settings"),
+    ("--resume", None, False, "go on from the newest checkpoint in --out, if there is one"),
     ("--full", None, False, "train all weights; the default"),
     ("--lora", None, False, "train low-rank updates of q, k, v, o, and what --train names"),
     ("--rank", COUNT, 8, "of the updates"),
@@ -147,6 +147,8 @@ def settings(argv: Sequence[str] | None) -> Args:
     record, saved = Path(args["out"]) / "config.json", {}
     if args["resume"] and record.exists():
         saved = read_json(record)
+        if missing := {"schedule", "steps", "window"} - saved.keys():
+            raise ValueError(f"{record}: was without {min(missing)}, must be of a run of train.py")
         # With a cosine, the rate of every step depends on the number of steps.
         free = FREE - ({"steps"} if saved["schedule"] == "cosine" else set())
         fixed = [k for k, v in given.items() if k not in free and v != saved.get(k)]
@@ -157,6 +159,8 @@ def settings(argv: Sequence[str] | None) -> Args:
             raise ValueError(f"{'; '.join(was)}, as the run in {args['out']} began")
         args |= saved | {k: v for k, v in given.items() if k in free}
     merged = args["merge"]
+    if merged and Path(args["out"]).resolve() in (Path(merged) / "x").resolve().parents:
+        raise ValueError(f"--merge: was {merged}, must be outside the run's folder, {args['out']}")
     if merged and Path(merged).exists() and merged != saved.get("merge"):
         raise FileExistsError(f"--merge: {merged} was there already, must be new")
     return Args(**args)
@@ -187,9 +191,11 @@ def build(args: Args) -> Llama:
     return model
 
 
-def attention(args: Args) -> Any:
-    """The strategy to train with; ValueError for impossible settings."""
+def attention(args: Args, layers: int) -> Any:
+    """The strategy to train with, for so many layers; ValueError for impossible settings."""
     ratio = tuple(args.ratio) if isinstance(args.ratio, list) else args.ratio
+    if isinstance(ratio, tuple) and len(ratio) != layers:
+        raise ValueError(f"--ratio: was {len(ratio)} numbers, must be 1 or {layers}")
     config = FreqKVConfig(args.window, args.sinks, ratio, args.recent)
     if args.attention == "full":
         return causal_attention
@@ -270,7 +276,8 @@ class Checkpoints:
             shutil.rmtree(stale)
 
     def steps(self) -> list[int]:
-        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*"))
+        numbers = (path.name[5:] for path in self.folder.glob("step-*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -297,8 +304,11 @@ class Checkpoints:
 
     def load(self, step: int) -> tuple[dict[str, Tensor], Any, Any]:
         folder = self.path(step)
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        return load_file(folder / "weights.safetensors"), state, read_json(folder / "record.json")
+        with damaged(folder, "whole, or removed, to go on from the one before"):
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            record = read_json(folder / "record.json")
+            state["optimizer"], state["random"], record["step"], record["best"]  # are there
+            return load_file(folder / "weights.safetensors"), state, record
 
     def prune(self, keep: int, best: int | None) -> None:
         for step in self.steps()[:-keep]:
@@ -443,7 +453,11 @@ class Trainer:
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The records of log.jsonl, but for a last one that a kill cut short."""
     path = out / "log.jsonl"
-    return [json.loads(x) for x in path.read_text().split("\n")[:-1]] if path.exists() else []
+    if not path.exists():
+        return []
+    with damaged(path, "a JSON record a line"):
+        records = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
+        return [record for record in records if record["step"] >= 0]
 
 
 def plot(out: Path) -> str:
@@ -509,7 +523,10 @@ def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
     if args.distill and args.seq_len > most:
         must = f"at most the model's {most} with --distill"
         raise ValueError(f"--seq-len: was {args.seq_len}, must be {must}")
-    attend, data = attention(args), read_data(args, tokenizer, config.vocab_size)
+    attend, data = (
+        attention(args, config.num_hidden_layers),
+        read_data(args, tokenizer, config.vocab_size),
+    )
     if vars(args).setdefault("data_sha256", data.sha256) != data.sha256:
         raise ValueError("--data: was changed since the run began, must be the same to resume")
     out.mkdir(parents=True, exist_ok=True)
@@ -548,4 +565,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "train.py")
+    cli.run(main, "train.py", finish=True)

@@ -30,10 +30,11 @@ from torch import Tensor
 import cli
 from benchmarks import peers
 from dct import dct, idct, lowpass_matrix
-from evaluation.report import lines, log_ticks, picture, table, write_results
+from evaluation.report import figure_class, lines, log_ticks, picture, table, write_results
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress
 from generate import parts
 from model import Llama, LlamaConfig, Rope, causal_attention
+from weights.files import check_writable
 
 Record = dict[str, Any]
 FULL = {  # what --quick makes smaller
@@ -375,8 +376,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.cases:
         if name not in CASES:
             raise ValueError(f"CASE: was {name!r}, must be of {', '.join(CASES)}")
-    bench = Bench(args)
+    if args.plot:
+        figure_class()
     args.out.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out / "settings.json")
+    bench = Bench(args)
     for name in args.cases or CASES:
         print(f"\n{name}: {CASES[name].__doc__}", flush=True)
         with torch.inference_mode():
@@ -388,4 +392,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "benchmarks/run.py")
+    cli.run(main, "benchmarks/run.py", finish=True)

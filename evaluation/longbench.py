@@ -86,8 +86,10 @@ def published(file: Path, name: str, kind: type) -> Any:
     places = [x / name for x in (folder, folder / "config", folder.parent / "config")]
     if (place := next((x for x in places if x.exists()), None)) is None:
         raise FileNotFoundError(f"--data: {places[0]} was not there, must be, or in config/")
-    if not isinstance(value := read_json(place).get(file.stem), kind):
-        raise ValueError(f"{place}: {file.stem} was {value!r}, must be of type {kind.__name__}")
+    value = read_json(place).get(file.stem)
+    if type(value) is not kind or (kind is int and not 0 < value < 1 << 31):
+        must = "a number of tokens" if kind is int else "a text"
+        raise ValueError(f"{place}: {file.stem} was {value!r}, must be {must}")
     return value
 
 
@@ -107,7 +109,9 @@ def records(file: Path, most: int) -> Iterator[Record]:
             text = prompt.format(**x)
             found = Record(file.stem, x["_id"], text, limit, answers, x.get("all_classes"))
             found.score("")  # nothing is missing, no library either
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (
+            AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
+        ) as error:  # fmt: skip
             was = f"line {number} was {line[:30]!r}... ({error!r})"
             raise ValueError(f"{file}: {was}, must be a record of LongBench") from None
         yield found

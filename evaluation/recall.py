@@ -165,7 +165,7 @@ def add_flags(add: Callable[..., object]) -> None:
     text = "tokens from fact to question [an eighth, a half, 1, 2, 4 times the window]"
     add("--distances", type=cli.numbers(int, 1), metavar="N,N", help=text)
     text = "facts of a task, or --limit if fewer [%(default)s]"
-    add("--trials", type=cli.number(int, 1), default=8, help=text)
+    add("--trials", type=cli.number(int, 1, 10**6), default=8, help=text)
     text = "of what is drawn at random [%(default)s]"
     add("--seed", type=cli.number(int, 0), default=0, help=text)
 

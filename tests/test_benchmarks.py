@@ -120,11 +120,13 @@ def test_what_does_not_fit_is_left_out(checkpoint, outcome, tmp_path, monkeypatc
         (["decode", "--model", "no/such"], "no/such"),
         (["decode", "--device", "cuda:99"], "--device: was 'cuda:99'"),
         (["decode", "--dtype", "int8"], "--dtype"),
+        (["decode", "--quick", "--out", "/proc"], "/proc"),
     ],
 )
 def test_bad_input_is_one_line(outcome, tmp_path, argv, says):
-    ended = outcome(run, *argv, "--out", tmp_path / "out")
+    ended = outcome(run, *([] if "--out" in argv else ["--out", tmp_path / "out"]), *argv)
     assert ended.code == 2
+    assert "ms a token" not in ended.out  # before anything is measured
     assert says in ended.err
     assert ended.err.count("\n") == 1
 

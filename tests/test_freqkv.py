@@ -160,6 +160,13 @@ def test_compress_computes_in_float32_under_autocast():
     close(actual, compress(x, 8), 0)
 
 
+@pytest.mark.parametrize("n", [60, 5000])  # by matrices, and by the FFT
+@pytest.mark.parametrize("keep", [-1, 5001])
+def test_compress_refuses_an_impossible_number(n, keep):
+    with pytest.raises(ValueError, match=rf"n, keep: were {n}, {keep}, must be"):
+        compress(torch.zeros(n, 1), keep)
+
+
 @pytest.mark.parametrize(("n", "keep"), [(8, 4), (9, 5), (7, 0)])
 def test_gradients_of_compress(n, keep):
     x = torch.randn(2, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -511,11 +511,14 @@ def test_missing_files(script, data, tmp_path):
     fails(script(), r"lcc\.jsonl: was without records, must have one")
     lengths = data / "config/dataset2maxlen.json"
     lengths.write_text(json.dumps(LENGTHS | {"trec": "many"}))
-    fails(script(), r"dataset2maxlen\.json: trec was 'many', must be of type int")
+    fails(script(), r"dataset2maxlen\.json: trec was 'many', must be a number of tokens")
+    for number in (-5, True, 1 << 40):
+        lengths.write_text(json.dumps(LENGTHS | {"trec": number}))
+        fails(script(), rf"dataset2maxlen\.json: trec was {number}, must be a number of tokens")
     lengths.unlink()
     fails(script(), r"--data: .*dataset2maxlen\.json was not there, must be, or in config")
     (data / "config/dataset2prompt.json").write_text("{}")
-    fails(script(), r"dataset2prompt\.json: hotpotqa was None, must be of type str")
+    fails(script(), r"dataset2prompt\.json: hotpotqa was None, must be a text")
 
 
 def test_prompts_with_other_fields(script, data):

@@ -268,7 +268,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("kind", ["freqkv", "window", "full"])
 def test_attention(kind):
     args = SimpleNamespace(attention=kind, window=16, sinks=2, ratio=0.5, recent=3)
-    attend = train.attention(args)
+    attend = train.attention(args, layers=2)
     if kind == "full":
         assert attend is causal_attention
     else:
@@ -751,6 +751,44 @@ def test_a_finished_run_can_be_made_longer(checkpoint, tokens_file, tmp_path, sc
     assert_same_run(out, whole["--full"], "--full")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"{}", "was without schedule, must be of a run of train.py"),
+        ("log.jsonl", b"junk\n", "was damaged"),
+        ("data/tokens.bin", b"12345678", "data: was damaged"),
+        ("data/tokens.json", b"{}", None),  # is made anew
+        ("checkpoints/step-000003/weights.safetensors", b"junk", "step-000003: was damaged"),
+        ("checkpoints/step-000003/state.pt", b"", "step-000003: was damaged"),
+        ("checkpoints/step-000003/record.json", b"{}", "step-000003: was damaged"),
+        ("checkpoints/step-more/x", b"", None),  # is no checkpoint
+    ],
+)
+def test_resuming_a_damaged_run(checkpoint, tmp_path, script, name, content, says):
+    out = tmp_path / "run"
+    assert script(*flags(checkpoint, ROOT / "freqkv.py", out)).code == 0
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(content)
+    ended = script("--out", out, "--resume", "--steps", 4)
+    if says is None:
+        assert ended.code == 0, ended.err
+    else:
+        assert ended.code == 2
+        assert ended.err.count("\n") == 1
+        assert says in ended.err
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(checkpoint, tokens_file, tmp_path):
+    argv = flags(checkpoint, tokens_file, tmp_path / "run", "--eval-every", 1)
+    command = [sys.executable, "-u", ROOT / "train.py", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert run.returncode == 0, errors
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
 def test_resuming_with_other_settings_is_refused(checkpoint, tokens_file, tmp_path, script):
     out = tmp_path / "run"
     argv = flags(checkpoint, tokens_file, out)
@@ -945,6 +983,32 @@ BAD = {
     "both": (lambda folder: ("--lora", "--full"), "--full: was given with --lora"),
     "merge alone": (lambda folder: ("--merge", "x"), "--merge: was given alone"),
     "merge over": (lambda folder: ("--lora", "--merge", folder), "was there already, must be new"),
+    "merge into the run": (
+        lambda folder: ("--lora", "--merge", folder / "run/adapter"),
+        "run/adapter, must be outside the run's folder",
+    ),
+    "merge over the run": (
+        lambda folder: ("--lora", "--merge", folder / "run"),
+        "run, must be outside the run's folder",
+    ),
+    "ratios of other layers": (
+        lambda folder: ("--ratio", "0.5,0.5,0.5"),
+        "--ratio: was 3 numbers, must be 1 or 2",
+    ),
+    "no ratio": (
+        lambda folder: ("--ratio", "half"),
+        "--ratio: was 'half', must be a number, 0 or more, at most 1",
+    ),
+    "endless rate": (lambda folder: ("--lr", "1e300"), "--lr: was '1e300', must be a number"),
+    "endless rank": (
+        lambda folder: ("--lora", "--rank", 10**13),
+        "rank, alpha: were 10000000000000, 16.0, must be 1 to 32",
+    ),
+    "no end of lists": (sft(b"[" * 100_000), "was not JSON"),
+    "half a character": (
+        sft(json.dumps([{"instruction": "\ud800", "output": "a"}]).encode()),
+        "record 0: was wrong",
+    ),
     "no tokenizer": (
         lambda folder: ("--init", ROOT / "tests/data/meta/hf/config.json"),
         "--tokenizer: was not given with --init",

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: was a JSON {type(content).__name__}, must be an object")
     return content
+
+
+@contextmanager
+def damaged(path: Path, must: str) -> Iterator[None]:
+    """Whatever the content of a damaged file raises is a ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: was damaged ({error!r}), must be {must}") from None
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Llama
-from weights.files import read_json, write_beside, write_json
+from weights.files import damaged, read_json, write_beside, write_json
 
 __all__ = ["LoraLinear", "add_lora", "find_adapter", "load_adapter", "merge_lora", "save_adapter"]
 
@@ -72,8 +72,9 @@ def add_lora(
         raise ValueError(f"targets: was {missing[0]!r}, must be a linear layer of the model")
     if unknown := [part for part in whole if part not in PARTS]:
         raise ValueError(f"train: was {unknown[0]!r}, must be of {', '.join(PARTS)}")
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"rank, alpha: were {rank}, {alpha}, must be 1 or more and above 0")
+    most = model.config.hidden_size
+    if not 1 <= rank <= most or not alpha > 0:
+        raise ValueError(f"rank, alpha: were {rank}, {alpha}, must be 1 to {most} and above 0")
     _wrap(model, _named(model, targets), rank, alpha / rank)
     modules = [module for part in whole for module in PARTS[part]]
     for name, parameter in model.named_parameters():
@@ -159,7 +160,9 @@ def load_adapter(model: Llama, path_or_name: str | Path, dtype: torch.dtype | No
     file = path / TENSORS
     config, tensors = _read(path)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    names, whole = _named(model, config["target_modules"]), config.get("modules_to_save") or []
+    with damaged(path / CONFIG, "as PEFT writes it"):
+        names = _named(model, config["target_modules"])
+        whole = [*map(str, config.get("modules_to_save") or [])]
     with torch.device("meta"):
         twin = Llama(model.config)
     _wrap(twin, names, config["r"], scale)
@@ -192,8 +195,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     wrong = [key for key in UNSUPPORTED if config.get(key)]
     wrong += [] if config.get("peft_type") == "LORA" else ["peft_type"]
     wrong += [] if config.get("bias", "none") == "none" else ["bias"]
-    wrong += [] if isinstance(rank, int) and rank > 0 else ["r"]
-    wrong += [] if isinstance(alpha, (int, float)) and alpha > 0 else ["lora_alpha"]
+    wrong += [] if type(rank) is int and 0 < rank < 1 << 16 else ["r"]
+    wrong += [] if isinstance(alpha, (int, float)) and 0 < alpha < 1e30 else ["lora_alpha"]
     wrong += [] if targets and isinstance(targets, (str, list)) else ["target_modules"]
     if wrong:
         was = config.get(wrong[0])
