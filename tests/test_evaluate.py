@@ -662,10 +662,14 @@ def test_help_names_every_flag(script, command):
     shown = script(command, "--help")
     assert shown.code == 0
     flags = """model adapter data bin-dtype strategies window sinks ratio recent out plot limit
-        batch-size chunk seed device dtype"""
-    flags += {"perplexity": " lengths stride", "ablate": " ratios sink-counts recents"}.get(
-        command, ""
-    )
+        chunk device dtype """
+    flags += {
+        "perplexity": "lengths stride batch-size",
+        "ablate": "lengths stride batch-size ratios sink-counts recents",
+        "recall": "tasks distances trials seed",
+        "spectrum": "ratios suggest",
+        "longbench": "tasks chat",
+    }[command]
     assert all(f"--{flag}" in shown.out for flag in flags.split())
     assert evaluate.MEASUREMENTS[command][0] in " ".join(shown.out.split())
 
@@ -949,7 +953,7 @@ BAD = {
     "chunk": (flags("--chunk", "0"), "--chunk: was '0'"),
     "ratio": (flags("--ratio", "1"), r"ratio: was 1.0, must be a number in \[0, 1\)"),
     "ratio in words": (flags("--ratio", "half"), "--ratio"),
-    "ratio that is none": (flags("--ratio", "nan"), "ratio: was nan"),
+    "ratio that is none": (flags("--ratio", "nan"), "--ratio: was 'nan', must be a number"),
     "narrow window": (flags("--window", "2"), "sinks . recent: was 2, must be below window, 2"),
     "wide window": (flags("--window", "65"), "--window: was 65, must be at most the model's 64"),
     "no span": (flags("--recent", "14"), "sinks . recent: was 16, must be below window, 16"),

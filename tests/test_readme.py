@@ -12,6 +12,7 @@ import evaluate
 import generate
 import train
 from tests.helpers import ROOT, smollm2_path
+from weights import load_tokenizer
 
 README = (ROOT / "README.md").read_text()
 
@@ -32,6 +33,12 @@ def test_lines_and_budgets(name, budget):
     lines = len((ROOT / f"{name}.py").read_text().splitlines())
     assert lines <= budget
     assert f"| [{name}.py]({name}.py) | {lines} |" in README
+
+
+def test_the_first_example_is_of_this_tree():
+    """It reads the head of train.py: where that has changed, run it again."""
+    head = "".join((ROOT / "train.py").read_text().splitlines(keepends=True)[:320])
+    assert f"read {len(load_tokenizer('tiny').encode(head)):,} tokens" in README
 
 
 @pytest.mark.parametrize(("script", "least"), [(generate, 6), (train, 4), (evaluate, 6)])
