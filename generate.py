@@ -318,6 +318,7 @@ def continue_text(job: Job, logits: Tensor, cache: Cache, args: Namespace, numbe
     stop = job.tokenizer.eos_ids
     steps = write(job.model, logits, cache, stop, job.limit, generator=generator, **sampling)
     rows: list[list[int]] = [[] for _ in logits]
+    before = job.tokens[:, -8:].tolist()  # a list of a whole text would take 40 bytes a token
 
     def taken() -> Iterator[int | None]:
         for ids in steps:
@@ -326,13 +327,13 @@ def continue_text(job: Job, logits: Tensor, cache: Cache, args: Namespace, numbe
             yield ids[0]  # what streams, where there is one row
 
     if len(rows) == 1:
-        for piece in job.tokenizer.stream(taken(), job.tokens[0].tolist()):
+        for piece in job.tokenizer.stream(taken(), before[0]):
             print(piece, end="", flush=True)
         print()
     else:
         for _ in taken():
             pass
-        texts = zip(rows, job.tokens.tolist(), strict=True)
+        texts = zip(rows, before, strict=True)
         print("\n---\n".join("".join(job.tokenizer.stream(iter(r), c)) for r, c in texts))
     return sum(len(row) for row in rows)
 

@@ -307,7 +307,8 @@ class Checkpoints:
         with damaged(folder, "whole, or removed, to go on from the one before"):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             record = read_json(folder / "record.json")
-            state["optimizer"], state["random"], record["step"], record["best"]  # are there
+            if missing := {"optimizer", "random", "step", "best"} - {*state, *record}:
+                raise ValueError(f"without {min(missing)}")
             return load_file(folder / "weights.safetensors"), state, record
 
     def prune(self, keep: int, best: int | None) -> None:
@@ -523,10 +524,8 @@ def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
     if args.distill and args.seq_len > most:
         must = f"at most the model's {most} with --distill"
         raise ValueError(f"--seq-len: was {args.seq_len}, must be {must}")
-    attend, data = (
-        attention(args, config.num_hidden_layers),
-        read_data(args, tokenizer, config.vocab_size),
-    )
+    attend = attention(args, config.num_hidden_layers)
+    data = read_data(args, tokenizer, config.vocab_size)
     if vars(args).setdefault("data_sha256", data.sha256) != data.sha256:
         raise ValueError("--data: was changed since the run began, must be the same to resume")
     out.mkdir(parents=True, exist_ok=True)
