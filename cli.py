@@ -122,8 +122,12 @@ class Unread:
         try:
             return call(*args)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            _into_nothing(self.stream)
             return call(*args)
+
+
+def _into_nothing(stream: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
@@ -146,7 +150,7 @@ def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the text has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _into_nothing(sys.stdout)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         with suppress(OSError):  # nobody there to be told
             print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)

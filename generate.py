@@ -256,16 +256,24 @@ def schedule(
     args: Namespace, model: LlamaConfig, saved: dict[str, Any] | None = None
 ) -> FreqKVConfig:
     """The settings of a cache: given, else saved with one, else tuned with, else the paper's."""
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return fitted((saved or tuned_settings(args)) | given, model)
+
+
+def fitted(settings: dict[str, Any], model: LlamaConfig) -> FreqKVConfig:
+    """Settings, ratios a list as in JSON, for the layers and positions of a model, else ValueError.
+
+    A window that is not given, or None, is the paper's, or the model's positions if fewer.
+    """
     most, layers = model.max_position_embeddings, model.num_hidden_layers
-    settings = {"window": min(FreqKVConfig.window, most)} | (saved or tuned_settings(args))
-    settings |= {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    if isinstance(settings.get("ratio"), list):
-        settings["ratio"] = tuple(settings["ratio"])
-    config = FreqKVConfig(**settings)
+    window, ratio = settings.get("window"), settings.get("ratio", FreqKVConfig.ratio)
+    ratio = tuple(ratio) if isinstance(ratio, list) else ratio
+    window = min(FreqKVConfig.window, most) if window is None else window
+    config = FreqKVConfig(**settings | {"window": window, "ratio": ratio})
     if config.window > most:
         raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
-    if isinstance(config.ratio, tuple) and len(config.ratio) != layers:
-        raise ValueError(f"--ratio: was {len(config.ratio)} numbers, must be 1 or {layers}")
+    if isinstance(ratio, tuple) and len(ratio) != layers:
+        raise ValueError(f"--ratio: was {len(ratio)} numbers, must be 1 or {layers}")
     return config
 
 

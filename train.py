@@ -37,6 +37,7 @@ from tqdm import tqdm
 import cli
 from corpus import IGNORE, Data, Row, collate, read_data, read_tokenizer
 from freqkv import FreqKVAttention, FreqKVConfig, compress, newest
+from generate import SETTINGS, fitted
 from model import Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import damaged, read_json, write_beside, write_json
@@ -191,15 +192,11 @@ def build(args: Args) -> Llama:
     return model
 
 
-def attention(args: Args, layers: int) -> Any:
-    """The strategy to train with, for so many layers; ValueError for impossible settings."""
-    ratio = tuple(args.ratio) if isinstance(args.ratio, list) else args.ratio
-    if isinstance(ratio, tuple) and len(ratio) != layers:
-        raise ValueError(f"--ratio: was {len(ratio)} numbers, must be 1 or {layers}")
-    config = FreqKVConfig(args.window, args.sinks, ratio, args.recent)
-    if args.attention == "full":
+def attention(kind: str, config: FreqKVConfig) -> Any:
+    """The strategy to train with, one of --attention."""
+    if kind == "full":
         return causal_attention
-    return FreqKVAttention(config, newest if args.attention == "window" else compress)
+    return FreqKVAttention(config, newest if kind == "window" else compress)
 
 
 def frozen_copy(model: Llama) -> Llama:
@@ -458,7 +455,9 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         return []
     with damaged(path, "a JSON record a line"):
         records = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
-        return [record for record in records if record["step"] >= 0]
+        if not all("step" in record for record in records):
+            raise ValueError("a record without its step")
+        return records
 
 
 def plot(out: Path) -> str:
@@ -517,14 +516,13 @@ def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
     if tokenizer is not None:
         tokenizer.check_fits(config.vocab_size)
     most = config.max_position_embeddings
-    args.window = args.window or min(FreqKVConfig.window, most)
-    if args.window > most:
-        raise ValueError(f"--window: was {args.window}, must be at most the model's {most}")
+    slots = fitted({name: getattr(args, name) for name in SETTINGS}, config)
+    args.window = slots.window
     args.seq_len = args.seq_len or args.window * (1 if args.attention == "full" else 2)
     if args.distill and args.seq_len > most:
         must = f"at most the model's {most} with --distill"
         raise ValueError(f"--seq-len: was {args.seq_len}, must be {must}")
-    attend = attention(args, config.num_hidden_layers)
+    attend = attention(args.attention, slots)
     data = read_data(args, tokenizer, config.vocab_size)
     if vars(args).setdefault("data_sha256", data.sha256) != data.sha256:
         raise ValueError("--data: was changed since the run began, must be the same to resume")

@@ -17,6 +17,7 @@ import cli
 from freqkv import FreqKVCache, FreqKVConfig
 from model import FullCache, Llama, LlamaConfig, RopeScaling
 from weights import load_model
+from weights.blank import blank_model
 from weights.safetensors_dir import config_json
 
 Step = Callable[[Tensor], Tensor]
@@ -44,8 +45,7 @@ def new_model(name: str, dtype: torch.dtype, device: torch.device) -> Llama:
     """A checkpoint, by name or path; or a name of SHAPES, with random weights."""
     if name not in SHAPES:
         return load_model(name, dtype, device)
-    with torch.device("meta"):
-        model = Llama(SHAPES[name]).to(dtype)
+    model = blank_model(SHAPES[name]).to(dtype)
     model.to_empty(device=device)
     # One block again and again: what is in it bears on no time.
     block = 0.02 * torch.randn(1 << 20, device=device)

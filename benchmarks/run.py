@@ -30,11 +30,18 @@ from torch import Tensor
 import cli
 from benchmarks import peers
 from dct import dct, idct, lowpass_matrix
-from evaluation.report import figure_class, lines, log_ticks, picture, table, write_results
+from evaluation.report import (
+    figure_class,
+    lines,
+    log_ticks,
+    open_folder,
+    picture,
+    table,
+    write_results,
+)
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, compress
 from generate import parts
 from model import Llama, LlamaConfig, Rope, causal_attention
-from weights.files import check_writable
 
 Record = dict[str, Any]
 FULL = {  # what --quick makes smaller
@@ -378,8 +385,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"CASE: was {name!r}, must be of {', '.join(CASES)}")
     if args.plot:
         figure_class()
-    args.out.mkdir(parents=True, exist_ok=True)
-    check_writable(args.out / "settings.json")
+    open_folder(args.out)
     bench = Bench(args)
     for name in args.cases or CASES:
         print(f"\n{name}: {CASES[name].__doc__}", flush=True)

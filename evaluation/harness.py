@@ -22,12 +22,11 @@ import cli
 import generate
 from corpus import by_content, data_files, map_bin, read_text
 from dct import dct, idct
-from evaluation.report import figure_class
+from evaluation.report import figure_class, open_folder
 from freqkv import FreqKVCache, FreqKVConfig
 from generate import Cache, fingerprint, parts, schedule
 from model import FullCache, Llama
 from weights import Tokenizer, load_model, load_tokenizer
-from weights.files import check_writable
 
 HELD_OUT = 0.05  # the share of Python's source that train.py holds out by default
 
@@ -220,11 +219,7 @@ def prepare(args: Namespace) -> Bench:
     tokenizer = load_tokenizer(args.model)
     stem = Path(args.model).resolve().name.removesuffix(".gguf")
     args.out = args.out or Path("runs") / f"evaluate-{stem}"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--out: {args.out}: {error.strerror}, must be a folder, or new") from None
-    check_writable(args.out / "settings.json")
+    open_folder(args.out)
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
     config = schedule(args, model.config)

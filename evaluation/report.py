@@ -14,11 +14,20 @@ from typing import Any
 
 import torch
 
-from weights.files import write_beside, write_json
+from weights.files import check_writable, write_beside, write_json
 
 # Told apart in black and white, in the order in which they are drawn.
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (5, 1)), "D"), ((0, (1, 3)), "x")]
 SHADES = ["0", "0.25", "0.4", "0.5", "0.15", "0.6"]
+
+
+def open_folder(out: Path) -> None:
+    """Make the folder --out; OSError, before any work is done, where results could not go there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out: {out}: {error.strerror}, must be a folder, or new") from None
+    check_writable(out / "settings.json")
 
 
 def write_results(name: str, records: list[dict[str, Any]], args: Namespace) -> str:

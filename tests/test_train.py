@@ -267,8 +267,7 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("kind", ["freqkv", "window", "full"])
 def test_attention(kind):
-    args = SimpleNamespace(attention=kind, window=16, sinks=2, ratio=0.5, recent=3)
-    attend = train.attention(args, layers=2)
+    attend = train.attention(kind, FreqKVConfig(16, 2, 0.5, 3))
     if kind == "full":
         assert attend is causal_attention
     else:
@@ -756,6 +755,7 @@ def test_a_finished_run_can_be_made_longer(checkpoint, tokens_file, tmp_path, sc
     [
         ("config.json", b"{}", "was without schedule, must be of a run of train.py"),
         ("log.jsonl", b"junk\n", "was damaged"),
+        ("log.jsonl", b"{}\n", "was damaged"),
         ("data/tokens.bin", b"12345678", "data: was damaged"),
         ("data/tokens.json", b"{}", None),  # is made anew
         ("checkpoints/step-000003/weights.safetensors", b"junk", "step-000003: was damaged"),

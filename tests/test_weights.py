@@ -413,10 +413,23 @@ def test_gguf_is_parsed_once_for_its_tokenizer_and_its_model(tmp_path, monkeypat
     assert load_model(path).norm.weight[0] == 7
 
 
-def test_loading_imports_no_compiler():
+USE = """
+import sys
+from weights import load_model, save_model
+from weights.lora import add_lora, save_adapter
+model = load_model("tiny")
+save_model(model, sys.argv[1])
+add_lora(model)
+save_adapter(model, sys.argv[1])
+load_model("tiny", adapter=sys.argv[1])
+print(*sys.modules)
+"""
+
+
+def test_loading_and_saving_import_no_compiler(tmp_path):
     """torch._dynamo takes seconds, and PyTorch imports it for a normal distribution on meta."""
-    code = "from weights import load_model; load_model('tiny'); import sys; print(*sys.modules)"
-    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    command = [sys.executable, "-c", USE, tmp_path / "model"]
+    modules = subprocess.check_output(command, text=True).split()
     assert "torch.nn.init" in modules
     assert "torch._dynamo" not in modules
 

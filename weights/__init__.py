@@ -15,14 +15,13 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from model import Llama
 from weights import gguf_file, meta, safetensors_dir
+from weights.blank import blank_model
 from weights.chat import chat_tokens
 from weights.lora import load_adapter, merge_lora
 from weights.safetensors_dir import save_model
@@ -46,8 +45,7 @@ def load_model(
     """
     path = find(path_or_name)
     config, tensors = _reader(path).read(path)
-    with torch.device("meta"), _Unfilled():
-        model = Llama(config)
+    model = blank_model(config)
     state = _checked(path, model, tensors, dtype, torch.device(device or "cpu"))
     model.load_state_dict(state, assign=True)
     if adapter is not None:
@@ -98,18 +96,6 @@ def find(path_or_name: str | Path) -> Path:
         ggufs = sorted(path.glob("*.gguf"))
         return ggufs[0] if len(ggufs) == 1 else path
     return path
-
-
-class _Unfilled(TorchFunctionMode):
-    """Makes an embedding without random values: to draw them on meta, PyTorch loads its compiler.
-
-    That takes seconds, for values that the file's replace at once.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _reader(path: Path) -> ModuleType:

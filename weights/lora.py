@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Llama
+from weights.blank import blank_model
 from weights.files import damaged, read_json, write_beside, write_json
 
 __all__ = ["LoraLinear", "add_lora", "find_adapter", "load_adapter", "merge_lora", "save_adapter"]
@@ -163,8 +164,7 @@ def load_adapter(model: Llama, path_or_name: str | Path, dtype: torch.dtype | No
     with damaged(path / CONFIG, "as PEFT writes it"):
         names = _named(model, config["target_modules"])
         whole = [*map(str, config.get("modules_to_save") or [])]
-    with torch.device("meta"):
-        twin = Llama(model.config)
+    twin = blank_model(model.config)
     _wrap(twin, names, config["r"], scale)
     expected = {
         _published(name): parameter.shape

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Llama, LlamaConfig, RopeScaling
+from weights.blank import blank_model
 from weights.files import read_json, write_beside, write_json
 from weights.tokenizer import Tokenizer
 
@@ -128,8 +129,7 @@ def save_model(model: Llama, path: str | Path, tokenizer: Tokenizer | None = Non
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    with torch.device("meta"):
-        plain = Llama(model.config).state_dict()
+    plain = blank_model(model.config).state_dict()
     if wrong := sorted(state.keys() ^ plain.keys()):
         raise ValueError(f"model: {wrong[0]} was missing or added, must be a plain Llama")
     named = {name if name == HEAD else PREFIX + name: tensor for name, tensor in state.items()}

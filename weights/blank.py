@@ -1,0 +1,26 @@
+"""A model without values: the names and shapes that tensors of a checkpoint have to fit."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from model import Llama, LlamaConfig
+
+
+def blank_model(config: LlamaConfig) -> Llama:
+    """A `Llama` on the meta device, to be given its parameters, or to be compared with."""
+    with torch.device("meta"), _Unfilled():
+        return Llama(config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Makes an embedding without random values: to draw them on meta, PyTorch loads its compiler.
+
+    That takes seconds, for values that nobody will see.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
