@@ -1,89 +1,202 @@
-"""What the scripts share: one-line errors, number types for flags, device and dtype."""
+"""From argv to objects: one-line errors, flag types, devices, the flags of a model and a schedule.
+
+Only this file and the scripts' own `main` know an argparse namespace. Wrong input is a ValueError
+or an OSError anywhere in the project; `run` makes it one line, and exit code 2.
+"""
 
 import argparse
 import io
+import math
 import os
 import sys
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 import torch
 
+from freqkv import FreqKVCache, FreqKVConfig, Operator, distinct, lowband, newest
+from lora import BUILT_IN, find_adapter
+from model import FullCache, Llama, LlamaConfig
+from weights import Tokenizer, find, load_model, load_tokenizer
+from weights.files import read_json
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPERATORS: dict[str, Operator] = {"freqkv": lowband, "distinct": distinct, "window": newest}
+CACHES = [*OPERATORS, "full"]
+DEFAULTS = FreqKVConfig()  # the paper's schedule
+Cache = FreqKVCache | FullCache
+
+
+# Running a script
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows each default in its help, and an error as one line, exit code 2."""
+    """argparse that leaves a description as it is written, and makes an error one line."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(
-    kind: type, least: float, most: float = float("inf"), above: bool = False
-) -> Callable[[str], float]:
-    """A flag's type: an int or float in [least, most], or in (least, most] with `above`."""
+def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
+    """Run a script and exit: wrong input is one line on stderr and exit code 2.
 
-    most = min(most, 2**63 - 1) if kind is int else most  # what torch can take
+    finish: for a script whose work is worth more than what it prints. It goes on when nobody reads
+    that any more, as in `| head`; any other ends there, quietly.
+    """
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show
+    if finish:
+        sys.stdout = cast(TextIO, UnreadStream(sys.stdout))
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        _redirect_to_nothing(sys.stdout)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        with suppress(OSError):  # nobody there to be told
+            print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)
 
-    def parse(text: str) -> float:
-        must = f"{'a whole number' if kind is int else 'a number'}, "
-        must += f"more than {least}" if above else f"{least} or more"
-        must += f", at most {most}" if most != float("inf") else ""
+
+class UnreadStream:
+    """A stream that goes on, into nothing, once its reader has gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
         try:
-            value = kind(text)
+            return self.stream.write(text)
+        except BrokenPipeError:
+            _redirect_to_nothing(self.stream)
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            _redirect_to_nothing(self.stream)
+            self.stream.flush()
+
+
+def _redirect_to_nothing(stream: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Give the script all three streams, where its caller has closed one."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 (for good)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+# Types of flags
+
+
+def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
         except ValueError:
-            value = float("nan")
-        if (
-            not (least < value if above else least <= value)
-            or not value <= most
-            or value == float("inf")
-        ):
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be {must}")
+            value = least - 1
+        if not least <= value <= most:
+            limit = "" if most == 2**63 - 1 else f", at most {most}"
+            raise ArgumentTypeError(f"was {text!r}, must be a whole number, {least} or more{limit}")
         return value
 
     return parse
 
 
-def numbers(kind: type, least: float, most: float = float("inf")) -> Callable[[str], list[float]]:
-    """A flag's type: such numbers with commas between them."""
-    return lambda text: [number(kind, least, most)(part) for part in text.split(",")]
+def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number from `least` (or above it) to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        low_enough = value <= most and value != math.inf
+        high_enough = value > least if above else value >= least
+        if not (low_enough and high_enough):
+            start = f"more than {least}" if above else f"{least} or more"
+            limit = "" if most == math.inf else f", at most {most}"
+            raise ArgumentTypeError(f"was {text!r}, must be a number, {start}{limit}")
+        return value
+
+    return parse
 
 
-def ratio(text: str) -> float | list[float]:
-    """A flag's type: the ratio of all layers, or one for each, with commas between them."""
-    found = numbers(float, 0, 1)(text)
-    return found if len(found) > 1 else found[0]
+def several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a flag that takes values of such a type, with commas between them."""
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
-def count(number: int, noun: str) -> str:
+# Numbers for people
+
+
+def format_count(number: int, noun: str) -> str:
     """A number of things: "1 round", "2,046 rounds"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def place(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where to compute and in what: CUDA if there is one, else the CPU; bfloat16, else float32."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def format_bytes(count: float) -> str:
+    """A number of bytes as people read it, in powers of 1000."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    for unit in units:
+        if count < 999.5 or unit == units[-1]:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+# Devices
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that --device names; CUDA where there is one, else the CPU. ValueError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(name)
-        torch.empty(0, device=found)
-        if found.type == "meta":
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "meta":
             raise RuntimeError("holds no numbers")
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0][:100]
         raise ValueError(
             f"--device: was {name!r}, must be a device of this machine ({reason})"
         ) from None
-    return found, DTYPES[dtype or ("bfloat16" if found.type == "cuda" else "float32")]
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names; bfloat16 on CUDA, float32 elsewhere."""
+    if name is not None:
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Most bytes held so far, and of what: the CUDA allocator, or this process's resident set."""
+    """Most bytes held so far, and by what: the CUDA allocator, or this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "CUDA"
     try:
@@ -97,62 +210,88 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
 
 
-def size(count: float) -> str:
-    """A number of bytes as people read it, in powers of 1000."""
-    power = min(len(str(int(count))) - 1, 14) // 3
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+# The model and the schedule
 
 
-class Unread:
-    """A stream that goes on, into nothing, once its reader has gone, as in `| head`."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self._try(self.stream.write, text)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, call: Callable[..., Any], *args: str) -> Any:
-        try:
-            return call(*args)
-        except BrokenPipeError:
-            _into_nothing(self.stream)
-            return call(*args)
+def add_model_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags that choose a model, and where and in what to compute."""
+    add = parser.add_argument
+    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
+    add("--adapter", help=f"{BUILT_IN} (for smollm2), or a folder with a LoRA in PEFT's layout")
+    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    add("--dtype", choices=list(DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
 
 
-def _into_nothing(stream: Any) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def add_schedule_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of the slots, which `choose_schedule` reads."""
+    add = parser.add_argument
+    tuned = "as tuned; else"
+    text = f"slots N a layer [{tuned} {DEFAULTS.window}, or the model's positions if fewer]"
+    add("--window", type=integer(1), help=text)
+    text = f"first tokens, never compressed [{tuned} {DEFAULTS.sinks}]"
+    add("--sinks", type=integer(0), help=text)
+    text = f"share of the span that a round keeps [{tuned} {DEFAULTS.ratio}]"
+    add("--ratio", type=real(0, 1), help=text)
+    text = f"newest tokens, left as they are [{tuned} {DEFAULTS.recent}]"
+    add("--recent", type=integer(0), help=text)
 
 
-def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
-    """Run a script: wrong input is one line and exit code 2.
+def load(args: Namespace) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer that the flags name; ValueError unless they fit."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype, device, args.adapter)
+    tokenizer.check_fits(model.config.vocab_size)
+    return model, tokenizer
 
-    finish: one whose work is worth more than what it prints goes on when nobody reads that any
-    more; otherwise a closed pipe ends it quietly.
+
+def choose_schedule(args: Namespace, model: LlamaConfig) -> FreqKVConfig:
+    """The schedule: flags first, then what the model was tuned with, then the paper's settings."""
+    settings = tuned_settings(args.model, args.adapter)
+    return make_schedule(settings | given_settings(args), model)
+
+
+def given_settings(args: Namespace) -> dict[str, Any]:
+    """The settings of the schedule that the flags give."""
+    settings = {}
+    for name in asdict(DEFAULTS):
+        value = getattr(args, name)
+        if value is not None:
+            settings[name] = value
+    return settings
+
+
+def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
+    """The settings that train.py has left with an adapter, or else with a model, if any."""
+    folders = [find(model)]
+    if adapter is not None:
+        folders.insert(0, find_adapter(adapter))
+    for folder in folders:
+        path = folder / "freqkv.json"
+        if path.exists():
+            content = read_json(path)
+            return {name: content[name] for name in asdict(DEFAULTS) if name in content}
+    return {}
+
+
+def make_schedule(settings: dict[str, Any], model: LlamaConfig) -> FreqKVConfig:
+    """A schedule for a model; ValueError for a window that is longer than its positions.
+
+    A window that is not given, or None, is the paper's, or the model's positions if fewer.
     """
-    for stream in ("stdin", "stdout", "stderr"):  # which a caller may have closed
-        if getattr(sys, stream) is None:
-            mode = "r" if stream == "stdin" else "w"
-            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 (for good)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show
-    if finish:
-        sys.stdout = cast(TextIO, Unread(sys.stdout))
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the text has gone, as in `| head`
-        _into_nothing(sys.stdout)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        with suppress(OSError):  # nobody there to be told
-            print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    sys.exit(0)
+    most = model.max_position_embeddings
+    window = settings.get("window")
+    if window is None:
+        window = min(DEFAULTS.window, most)
+    config = FreqKVConfig(**settings | {"window": window})
+    if config.window > most:
+        raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
+    return config
+
+
+def make_cache(name: str, schedule: FreqKVConfig, capacity: int) -> Cache:
+    """An empty cache, by one of the names in CACHES; `capacity` is how much the full one holds."""
+    if name == "full":
+        return FullCache(capacity)
+    return FreqKVCache(schedule, OPERATORS[name])

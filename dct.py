@@ -1,12 +1,14 @@
-"""The discrete cosine transform, and the low-pass operator that FreqKV makes of it.
+"""The discrete cosine transform as matrices, and the low-pass operator that FreqKV makes of it.
 
-Defines the orthonormal DCT-II (`dct`, `dct_matrix`), its inverse the DCT-III (`idct`), and the
-matrix that takes n samples to fewer with the same low frequencies (`lowpass_matrix`).
+    dct(x)           =  x Cᵀ      C [n, n], the orthonormal DCT-II of size n
+    idct(x)          =  x C       its inverse, the DCT-III
+    lowpass(x, keep) =  P x       P [keep, n]: to the frequency domain, cut, and back
 
     C[k, i] = s_k cos(pi (2i + 1) k / 2n),   s_0 = sqrt(1/n),   s_k = sqrt(2/n) for k > 0
+    P = sqrt(keep/n) C_keepᵀ C_n[:keep]
 
-`dct` and `idct` go by the FFT, the operator is a matrix: up to some 4096 samples that is faster.
-Matrices are made in float64, once for each size, dtype and device, and shared: only read them.
+k is a frequency and i a sample. Knows nothing of caches or models (freqkv.py does). Matrices are
+made in float64, once for each size, dtype and device, and shared: only read them.
 """
 
 import math
@@ -16,105 +18,182 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["dct", "dct_matrix", "idct", "lowpass_halves", "lowpass_matrix"]
-
 Device = torch.device | str
-Build = Callable[[int, int], tuple[Tensor, ...]]
+MatrixBuilder = Callable[[int, int], Tensor]
+
+MAX_MATRIX_LENGTH = 4096  # samples; `lowpass` of a longer signal goes by the FFT, without a matrix
+
+
+# The definition
 
 
 def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
-    """Orthonormal DCT-II of size n as a matrix C [frequency, sample]; C.T is its inverse."""
-    return _kept(_dct_matrix, n, n, dtype, torch.device(device))[0]
+    """The orthonormal DCT-II of size n: C [frequency, sample]. Its transpose is its inverse."""
+    return _matrix(_cosines, n, n, dtype, device)
 
 
 def lowpass_matrix(
     n: int, keep: int, dtype: torch.dtype = torch.float32, device: Device = "cpu"
 ) -> Tensor:
-    """The operator P = sqrt(keep/n) C_keep.T C_n[:keep], [keep, n] (FreqKV, section 3).
+    """The low-pass operator P [keep, n] = sqrt(keep/n) C_keepᵀ C_n[:keep] (FreqKV, section 3).
 
-    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. Rows of
-    P sum to 1, so constants pass unchanged; a band-limited signal is sampled anew, as high. P is
-    centrosymmetric, P[keep-1-m, n-1-i] = P[m, i]. ValueError unless 0 <= keep <= n and n >= 1.
+    P takes n samples to their `keep` lowest frequencies, and those back to `keep` samples. The
+    factor makes the rows of P sum to 1: constants pass unchanged, and slots keep their scale.
+    ValueError unless 0 <= keep <= n and n >= 1.
     """
-    return _kept(_lowpass_matrix, n, keep, dtype, torch.device(device))[0]
-
-
-def lowpass_halves(
-    n: int, keep: int, dtype: torch.dtype = torch.float32, device: Device = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """The blocks (A, B) of `lowpass_matrix(n, keep)` that see sums and differences of samples.
-
-    Even frequencies are symmetric about the middle of the signal and odd ones antisymmetric. With
-    J the reversal, the first half of y = P x is A (x + Jx) + B (x - Jx), and the second half, read
-    from its end, A (x + Jx) - B (x - Jx): half the arithmetic. A and B, [ceil(keep/2), ceil(n/2)],
-    take the first ceil(n/2) rows of x + Jx and x - Jx.
-    """
-    a, b = _kept(_lowpass_halves, n, keep, dtype, torch.device(device))
-    return a, b
+    return _matrix(_lowpass_rows, n, keep, dtype, device)
 
 
 def dct(x: Tensor, dim: int = -1) -> Tensor:
     """Orthonormal DCT-II of real x along `dim`; same shape. Half types are computed in float32."""
-    return _transform(x, dim, inverse=False)
+    samples = _move_last(x, dim)
+    with _no_autocast(samples):
+        spectrum = samples @ dct_matrix(samples.shape[-1], samples.dtype, samples.device).T
+    return _move_back(spectrum, x, dim)
 
 
 def idct(x: Tensor, dim: int = -1) -> Tensor:
     """Orthonormal DCT-III of real x along `dim`, the inverse of `dct`; same shape."""
-    return _transform(x, dim, inverse=True)
+    spectrum = _move_last(x, dim)
+    with _no_autocast(spectrum):
+        samples = spectrum @ dct_matrix(spectrum.shape[-1], spectrum.dtype, spectrum.device)
+    return _move_back(samples, x, dim)
 
 
-def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
-    if x.is_complex() or not x.shape[dim]:
-        raise ValueError(f"x: was {x.dtype} {tuple(x.shape)}, must be real, with samples")
-    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    rows = x.movedim(dim, -1).to(torch.promote_types(dtype, torch.float32))
-    # The Fourier transform of the even samples forward and then the odd ones backward is the DCT
-    # but for a turn by s_k exp(-i pi k / 2n); frequency n - k is in what k leaves (Makhoul, 1980).
-    n, half = rows.shape[-1], rows.shape[-1] // 2 + 1
-    k = torch.arange(half, dtype=torch.float64, device="cpu")
-    turn = torch.polar(torch.full_like(k, math.sqrt(2 / n)), k * (-math.pi / (2 * n)))
-    turn[0] /= math.sqrt(2)
-    turn, i = turn.to(x.device, rows.dtype.to_complex()), torch.arange(n, device=x.device)
-    order = torch.cat((i[::2], i[1::2].flip(0)))
-    if inverse:
-        rest = torch.cat((torch.zeros_like(rows[..., :1]), rows[..., n - half + 1 :].flip(-1)), -1)
-        rows = torch.fft.irfft(torch.complex(rows[..., :half], -rest) / turn, n)
-        rows = rows[..., order.argsort()]
-    else:
-        band = torch.fft.rfft(rows[..., order]) * turn
-        rows = torch.cat((band.real, -band.imag[..., 1 : n - half + 1].flip(-1)), dim=-1)
-    return rows.to(dtype).movedim(-1, dim)
+def lowpass(x: Tensor, keep: int) -> Tensor:
+    """The low band of x [..., n, D] along its sequence, as `keep` samples [..., keep, D].
+
+    Equal to `lowpass_matrix(n, keep) @ x`, by half-size products up to 4096 samples and by the FFT
+    beyond. Computed in float32 or wider, returned in the dtype of x.
+    """
+    n = x.shape[-2]
+    _check_sizes(n, keep)
+    if not x.is_floating_point():
+        raise ValueError(f"x: was {x.dtype}, must be a float")
+    if keep == 0:
+        return x[..., :0, :]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if n <= MAX_MATRIX_LENGTH:
+        return _lowpass_by_halves(wide, keep).to(x.dtype)
+    return _lowpass_by_fft(wide, keep).to(x.dtype)
 
 
-@lru_cache(maxsize=128)
-def _kept(
-    build: Build, n: int, keep: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    if not 0 <= keep <= n or n < 1:
-        raise ValueError(f"n, keep: were {n}, {keep}, must be n >= 1 and 0 <= keep <= n")
-    # A tensor made in inference mode could never take part in training.
+# Two faster ways to P x
+
+
+def _lowpass_by_halves(x: Tensor, keep: int) -> Tensor:
+    """P x at half the arithmetic: even frequencies need sums of mirrored samples, odd differences.
+
+    P is centrosymmetric, P[keep-1-m, n-1-i] = P[m, i]. So with J, which reverses the samples, the
+    first half of P x is A (x + Jx) + B (x - Jx), and the second half, read from its end,
+    A (x + Jx) - B (x - Jx). A and B are [ceil(keep/2), ceil(n/2)].
+    """
+    n = x.shape[-2]
+    half = (n + 1) // 2
+    a, b = _matrix(_lowpass_halves, n, keep, x.dtype, x.device)
+    front = x[..., :half, :]
+    back = x[..., n - half :, :].flip(-2)  # the mirror image of each sample in `front`
+    with _no_autocast(x):
+        even = a @ (front + back)  # [..., ceil(keep/2), D]
+        odd = b @ (front - back)
+    first = even + odd
+    last = (even - odd)[..., : keep // 2, :]  # the middle one of an odd `keep` is in `first`
+    return torch.cat((first, last.flip(-2)), dim=-2)
+
+
+def _lowpass_by_fft(x: Tensor, keep: int) -> Tensor:
+    """P x of a long signal, by the FFT of the signal and its mirror image.
+
+    Coefficient k of the FFT of (x, Jx) is that of the DCT, turned by exp(i pi k / 2n). The inverse
+    of size `keep` wants it turned by exp(i pi k / 2keep), and scaled by keep/n.
+    """
+    n = x.shape[-2]
+    rows = x.transpose(-1, -2)
+    mirrored = torch.cat((rows, rows.flip(-1)), dim=-1)  # [..., D, 2n]
+    spectrum = torch.fft.rfft(mirrored)[..., :keep]
+    k = torch.arange(keep, dtype=torch.float64, device="cpu")
+    angle = k * (math.pi / 2) * (1 / keep - 1 / n)
+    phase = torch.polar(torch.full_like(angle, keep / n), angle)
+    phase = phase.to(spectrum.dtype).to(spectrum.device)
+    shorter = torch.fft.irfft(spectrum * phase, 2 * keep)  # [..., D, 2 keep], mirrored too
+    return shorter[..., :keep].transpose(-1, -2)
+
+
+# Building the matrices, in float64 on the CPU
+
+
+# A compiler that looked inside would build the matrix anew at each call.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matrix(build: MatrixBuilder, n: int, keep: int, dtype: torch.dtype, device: Device) -> Tensor:
+    """What `build(n, keep)` makes, once for each dtype and device."""
+    return _cached_matrix(build, n, keep, dtype, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _cached_matrix(
+    build: MatrixBuilder, n: int, keep: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    _check_sizes(n, keep)
+    # A tensor made in inference mode could not be saved for backward later.
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(matrix.to(dtype).to(device) for matrix in build(n, keep))
+        return build(n, keep).to(dtype).to(device)
 
 
-def _dct_matrix(n: int, keep: int) -> tuple[Tensor]:
-    """The first `keep` rows of C_n. The device is named, as the caller's default may be `meta`."""
-    k, i = torch.arange(keep, device="cpu")[:, None], torch.arange(n, device="cpu")
-    # (2i+1)k grows like n^2; modulo a full turn of 4n it stays a small integer, and exact.
-    matrix = torch.cos(((2 * i + 1) * k % (4 * n)).double() * (math.pi / (2 * n)))
-    matrix[1:] *= math.sqrt(2)
-    return (matrix / math.sqrt(n),)
+def _cosines(n: int, count: int) -> Tensor:
+    """The first `count` rows of C_n."""
+    k = torch.arange(count, device="cpu")[:, None]  # the default device may be another
+    i = torch.arange(n, device="cpu")
+    # (2i + 1) k grows like n²; modulo a full turn, 4n, it stays a small whole number, and exact.
+    steps = (2 * i + 1) * k % (4 * n)
+    rows = math.sqrt(2 / n) * torch.cos(steps.double() * (math.pi / (2 * n)))
+    rows[:1] /= math.sqrt(2)
+    return rows
 
 
-def _lowpass_matrix(n: int, keep: int) -> tuple[Tensor]:
-    (low,), (small,) = _dct_matrix(n, keep), _dct_matrix(max(keep, 1), keep)
-    return (math.sqrt(keep / n) * small.T[:keep] @ low,)
+def _lowpass_rows(n: int, keep: int) -> Tensor:
+    """P [keep, n]."""
+    if keep == 0:
+        return torch.zeros(0, n, dtype=torch.float64, device="cpu")
+    cut = _cosines(n, keep)
+    back = _cosines(keep, keep).T
+    return math.sqrt(keep / n) * back @ cut
 
 
-def _lowpass_halves(n: int, keep: int) -> tuple[Tensor, Tensor]:
-    (p,) = _lowpass_matrix(n, keep)
-    rows, columns = (keep + 1) // 2, (n + 1) // 2
-    front, back = p[:rows, :columns] / 2, p.flip(1)[:rows, :columns] / 2
-    if n % 2:  # the middle of x + Jx holds its sample twice
-        front[:, -1], back[:, -1] = front[:, -1] / 2, back[:, -1] / 2
-    return front + back, front - back
+def _lowpass_halves(n: int, keep: int) -> Tensor:
+    """A and B of `_lowpass_by_halves`: [2, ceil(keep/2), ceil(n/2)]."""
+    rows = (keep + 1) // 2
+    columns = (n + 1) // 2
+    p = _lowpass_rows(n, keep)
+    p_front = p[:rows, :columns] / 2
+    p_back = p.flip(1)[:rows, :columns] / 2
+    if n % 2 == 1:  # the middle sample is its own mirror image: x + Jx holds it twice
+        p_front[:, -1] /= 2
+        p_back[:, -1] /= 2
+    return torch.stack((p_front + p_back, p_front - p_back))
+
+
+# Checks and conversions
+
+
+def _check_sizes(n: int, keep: int) -> None:
+    if n < 1 or not 0 <= keep <= n:
+        raise ValueError(f"n, keep: were {n}, {keep}, must be n >= 1 and 0 <= keep <= n")
+
+
+def _move_last(x: Tensor, dim: int) -> Tensor:
+    """x with `dim` last, in float32 or wider."""
+    if x.is_complex() or x.shape[dim] == 0:
+        raise ValueError(f"x: was {x.dtype} {tuple(x.shape)}, must be real, with samples")
+    return x.movedim(dim, -1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _move_back(y: Tensor, x: Tensor, dim: int) -> Tensor:
+    """`_move_last` undone: `dim` in its place, and the dtype of x where that is a float."""
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    return y.movedim(-1, dim).to(dtype)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products of x keep its dtype, whatever autocast is on around it."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False)

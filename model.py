@@ -18,7 +18,7 @@ Shapes: B batch, T tokens, H query heads, K kv heads, D head dimension, E hidden
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +71,17 @@ class LlamaConfig:
     tie_word_embeddings: bool = False  # the output layer is the transposed embedding
 
     def __post_init__(self) -> None:
-        for name in list(self.__dataclass_fields__)[:8]:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 1 << 31:
-                raise ValueError(f"{name}: was {value!r}, must be a whole number, 1 to 2^31 - 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            must = f"divide num_attention_heads, {self.num_attention_heads}"
-            raise ValueError(f"num_key_value_heads: was {self.num_key_value_heads}, must {must}")
-        if self.head_dim % 2:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or not 0 < value < 1 << 31):
+                must = "a whole number, 1 to 2^31 - 1"
+                raise ValueError(f"{field.name}: was {value!r}, must be {must}")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_key_value_heads: was {self.num_key_value_heads}, "
+                f"must divide num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.head_dim % 2 == 1:
             raise ValueError(f"head_dim: was {self.head_dim}, must be even (RoPE turns pairs)")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
@@ -101,25 +104,37 @@ class Rope:
     def __call__(self, x: Tensor, start: int = 0, inverse: bool = False) -> Tensor:
         """Rotate x [..., T, D] as positions start .. start+T-1, or undo it; keeps the dtype."""
         stop = start + x.shape[-2]
-        cos, sin = self._table(x.device, stop)[:, start:stop]
+        table = self._table(x.device, stop)
+        cos, sin = table[:, start:stop]  # [T, D] each; sin with the sign of `_make_table`
+        if inverse:
+            sin = -sin
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        other = wide.roll(x.shape[-1] // 2, dims=-1)  # of each channel's pair
-        return torch.addcmul(wide * cos, other, -sin if inverse else sin).to(x.dtype)
+        partner = wide.roll(x.shape[-1] // 2, dims=-1)  # of channel i, channel i + D/2 or i - D/2
+        return torch.addcmul(wide * cos, partner, sin).to(x.dtype)
 
     def _table(self, device: torch.device, stop: int) -> Tensor:
         """For each channel cos, and -sin or sin of its angle: [2, at least stop, D]."""
         table = self._tables.get(device)
         if table is None or table.shape[1] < stop:
+            length = 256
+            while length < stop:
+                length *= 2
             # Out of inference mode: a table made inside it could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
-                length = max(256, 1 << (stop - 1).bit_length())
-                positions = torch.arange(length, dtype=torch.float64, device="cpu")
-                angles = positions[:, None] * self.inv_freq
-                cos, sin = angles.cos(), angles.sin()
-                table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-                table = table.float().to(device)
+                table = self._make_table(length).to(device)
             self._tables[device] = table
         return table
+
+    def _make_table(self, length: int) -> Tensor:
+        positions = torch.arange(length, dtype=torch.float64, device="cpu")
+        angles = positions[:, None] * self.inv_freq  # [length, D/2]
+        cos = angles.cos()
+        sin = angles.sin()
+        # x becomes x cos - partner sin in the first half of the channels, x cos + partner sin in
+        # the second.
+        cosines = torch.cat((cos, cos), dim=-1)
+        sines = torch.cat((-sin, sin), dim=-1)
+        return torch.stack((cosines, sines)).float()
 
 
 def _scale(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:
@@ -128,7 +143,8 @@ def _scale(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:
     if scaling.rope_type == "linear":
         return inv_freq / scaling.factor
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
     share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, divided
     return inv_freq * (share + (1 - share) / scaling.factor)
 
@@ -144,7 +160,7 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) ->
 class FullCache:
     """The plain KV cache: remembers all of up to `capacity` tokens. Keys are stored rotated.
 
-    A call that fails leaves layers apart: reset().
+    After a call that failed, reset() it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -152,50 +168,69 @@ class FullCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the text and free the buffers."""
-        self._kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> k, v [B, K, capacity, D]
-        self._seen: dict[int, int] = {}  # layer -> tokens read
+        """Forget the text, and free the memory."""
+        self._keys: dict[int, Tensor] = {}  # layer -> [B, K, capacity, D]
+        self._values: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}  # layer -> tokens that it has read
 
     @property
     def tokens_seen(self) -> int:
         """Tokens of the text read so far."""
-        return self._seen.get(0, 0)
+        return next(iter(self._tokens.values()), 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(t.nbytes for pair in self._kv.values() for t in pair)
+        buffers = [*self._keys.values(), *self._values.values()]
+        return sum(buffer.nbytes for buffer in buffers)
 
     @torch.no_grad()
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], unrotated; ValueError beyond the capacity."""
-        if layer not in self._kv:
-            shape = (*k.shape[:2], self.capacity, k.shape[-1])
+        if layer not in self._keys:
+            shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
             with torch.inference_mode(False):  # writable outside that mode too
-                self._kv[layer], self._seen[layer] = (k.new_empty(shape), v.new_empty(shape)), 0
-        start = self._seen[layer]
-        stop = start + k.shape[-2]
+                self._keys[layer] = k.new_empty(shape)
+                self._values[layer] = k.new_empty(shape)
+            self._tokens[layer] = 0
+        start = self._tokens[layer]
+        stop = start + k.shape[2]
         if stop > self.capacity:
             raise ValueError(f"text: was {stop} tokens, must be at most capacity, {self.capacity}")
-        keys, values = self._kv[layer]
-        if k[:, :, :0].shape != keys[:, :, :0].shape:
+        keys = self._keys[layer]
+        values = self._values[layer]
+        if k.shape[:2] != keys.shape[:2] or k.shape[3] != keys.shape[3]:
             raise ValueError(f"k: was {tuple(k.shape)}, must fit the cache, {tuple(keys.shape)}")
-        keys[:, :, start:stop], values[:, :, start:stop] = rope(k, start), v
-        self._seen[layer] = stop
+        keys[:, :, start:stop] = rope(k, start)
+        values[:, :, start:stop] = v
+        self._tokens[layer] = stop
         return _attend(rope(q, start), keys[:, :, :stop], values[:, :, :stop])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D]."""
-    time, n, gqa = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
-    mask: Tensor | None = None  # query t sees up to n - T + t; is_causal only knows T = n
-    if 1 < time < n and q.is_cuda:  # the flash kernel needs no mask in memory
+    """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
+
+    The same function stands in model.py and in freqkv.py, so that either leaves alone.
+    """
+    time = q.shape[2]
+    n = k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if time == 1:  # one query, which sees every key
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if time == n:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    # Query t sees the n - T earlier positions, and the new ones up to itself (T = 3, n = 5):
+    #     1 1 1 0 0
+    #     1 1 1 1 0     (is_causal would let the first query see the first key alone)
+    #     1 1 1 1 1
+    mask: Tensor
+    if q.is_cuda:  # a mask that the flash kernel applies without having it in memory
         from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
 
         mask = causal_lower_right(time, n)
-    elif 1 < time < n:
+    else:
         mask = torch.ones(time, n, dtype=torch.bool, device=q.device).tril(n - time)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < time == n, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
 
 
 class RMSNorm(nn.Module):
@@ -226,12 +261,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, layer: int, rope: Rope, attend: Attend) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, T, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(layer, q, k, v, rope)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        q = self._split_heads(self.q_proj(x))  # [B, H, T, D]
+        k = self._split_heads(self.k_proj(x))  # [B, K, T, D]
+        v = self._split_heads(self.v_proj(x))
+        out = attend(layer, q, k, v, rope)  # [B, H, T, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, E]
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads * D] to [B, heads, T, D]."""
+        heads = x.shape[-1] // self.head_dim
+        return x.view(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -272,10 +311,27 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head = None if config.tie_word_embeddings else head
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
         self.gradient_checkpointing = False  # compute a layer again in backward, to save memory
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random weights to train from, as GPT-2 begins: matrices normal, norms 1.
+
+        The two matrices of a layer that write into the residual stream add up: they are narrower.
+        """
+        std = 0.02
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                nn.init.ones_(weight)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=residual_std)
+            else:
+                nn.init.normal_(weight, std=std)
 
     def forward(self, tokens: Tensor, attend: Attend = causal_attention) -> Tensor:
         """Logits [B, T, V] of the next token after each of tokens [B, T]."""
@@ -287,14 +343,15 @@ class Llama(nn.Module):
             was = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"tokens: were {was}, must be integers [batch, time]")
         x = self.embed_tokens(tokens)
-        for index, layer in enumerate(self.layers):
+        for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, index, self.rope, attend, use_reentrant=False)
+                x = checkpoint(block, x, layer, self.rope, attend, use_reentrant=False)
             else:
-                x = layer(x, index, self.rope, attend)
+                x = block(x, layer, self.rope, attend)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., E] to logits [..., V]; apart, for a caller that wants the last one only."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        """hidden [..., E] to logits [..., V]: separate, so that a caller may want the last only."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)

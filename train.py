@@ -22,6 +22,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,232 +36,434 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from corpus import IGNORE, Data, Row, collate, read_data, read_tokenizer
-from freqkv import FreqKVAttention, FreqKVConfig, compress, newest
-from generate import SETTINGS, fitted
-from model import Llama, causal_attention
+from data import (
+    IGNORE,
+    Data,
+    Row,
+    collate,
+    data_files,
+    read_bins,
+    read_records,
+    read_texts,
+    train_tokenizer,
+)
+from freqkv import FreqKVAttention, FreqKVConfig
+from lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
+from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import damaged, read_json, write_beside, write_json
-from weights.lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
-Args = argparse.Namespace
 
-COUNT, WHOLE, REAL = cli.number(int, 1), cli.number(int, 0), cli.number(float, 0, 1e30)
-FLAGS: list[tuple[str, Any, Any, str]] = [  # name, type, default, help; a bool is --x/--no-x
-    ("--model", str, "tiny", "what to begin from: a name, a folder, a .gguf file"),
-    ("--init", str, None, "begin from random weights instead: the config.json of a LLaMA"),
-    ("--tokenizer", str, None, "name or path, or train:SIZE (with --init); the model's own"),
-    ("--adapter", str, None, "LoRA to train on (with --lora), else to merge into the model first"),
-    ("--data", [str], None, "text files, folders, patterns, or .bin files; Python's own source"),
-    ("--bin-dtype", ("uint16", "uint32"), None, "of .bin files; uint16 if the vocabulary fits"),
-    ("--sft", str, None, "instruction tuning: JSON of (instruction, output) or messages"),
-    ("--out", str, None, "the run's folder; runs/<model>-<recipe>"),
-    ("--resume", None, False, "go on from the newest checkpoint in --out, if there is one"),
-    ("--full", None, False, "train all weights; the default"),
-    ("--lora", None, False, "train low-rank updates of q, k, v, o, and what --train names"),
-    ("--rank", COUNT, 8, "of the updates"),
-    ("--alpha", REAL, 16.0, "the updates are scaled by alpha/rank"),
-    ("--train", str, "embed,norm", "what else --lora trains: of embed, norm, or none"),
-    ("--merge", str, None, "write a merged model here: after --lora, or with --adapter at once"),
-    ("--attention", ("freqkv", "full", "window"), "freqkv", "window: sinks and the newest"),
-    ("--window", COUNT, None, "slots N a layer; 4096, or the model's positions if fewer"),
-    ("--sinks", WHOLE, FreqKVConfig.sinks, "first tokens, never compressed"),
-    (
-        "--ratio",
-        cli.ratio,
-        FreqKVConfig.ratio,
-        "share that a round keeps; or one a layer, with commas",
-    ),
-    ("--recent", WHOLE, FreqKVConfig.recent, "newest tokens that a round leaves as they are"),
-    ("--distill", cli.number(float, 0, 1), 0.0, "share of the loss that imitates full attention"),
-    ("--seq-len", COUNT, None, "tokens; twice the window, the window for --attention full"),
-    ("--steps", COUNT, 100, "steps of the optimizer"),
-    ("--batch-size", COUNT, 8, "sequences at a time"),
-    ("--accumulate", COUNT, 1, "batches a step"),
-    ("--lr", REAL, 2e-5, "learning rate of AdamW"),
-    ("--warmup", WHOLE, 20, "steps until the full rate"),
-    ("--schedule", ("constant", "cosine"), "constant", "of the rate, after the warm-up"),
-    ("--weight-decay", REAL, 0.0, "of matrices"),
-    ("--grad-clip", REAL, 1.0, "longest gradient; 0: any"),
-    ("--checkpointing", bool, True, "compute layers again in backward, to save memory"),
-    ("--val-share", cli.number(float, 0, 0.5), 0.05, "of the data, held out"),
-    ("--eval-every", WHOLE, 50, "steps between evaluations; 0: at the ends only"),
-    ("--eval-rows", COUNT, 64, "held-out sequences read in an evaluation, evenly spaced"),
-    ("--save-every", WHOLE, 50, "steps between checkpoints; 0: at the end only"),
-    ("--keep-last", COUNT, 2, "checkpoints to keep, beside the best"),
-    (
-        "--save-dtype",
-        ("bfloat16", "float32"),
-        None,
-        "of the last model, bfloat16; adapter, float32",
-    ),
-    ("--seed", WHOLE, 0, "of random weights and of the order of the data"),
-    ("--device", str, None, "cuda if there is one, else cpu"),
-    ("--dtype", ("bfloat16", "float32"), None, "of products and frozen weights; bfloat16 on cuda"),
+
+# Settings
+
+CONFLICTS = [
+    ("full", "lora"),
+    ("full", "merge"),
+    ("init", "lora"),
+    ("init", "adapter"),
+    ("sft", "data"),
 ]
-RECIPES: dict[str, dict[str, Any]] = {  # where a recipe's defaults are others
-    "full": {},
+# The defaults of a recipe, where they are others.
+RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"steps": 1000, "batch_size": 1, "accumulate": 64},
     "init": {"steps": 1000, "lr": 1e-3, "warmup": 100, "schedule": "cosine", "weight_decay": 0.1},
 }
 # What a resumed run may change: what does not bear on the weights.
-FREE = {"steps", "out", "resume", "merge", "eval_every", "save_every", "keep_last", "save_dtype"}
+FREE = {"out", "full", "merge", "steps", "eval_every", "save_every", "keep_last", "save_dtype"}
 FREE |= {"device", "checkpointing"}
 
 
-def parser() -> cli.Parser:
-    """The flags of the table. What is not given is None, so that it can be told from a default."""
-    made = cli.Parser(prog="train.py", description=__doc__)
-    for flag, kind, default, text in FLAGS:
-        others = [f", --{r}: {x[_name(flag)]}" for r, x in RECIPES.items() if _name(flag) in x]
-        if default is not None and default is not False:  # 0 is one to show
-            text += f" [{default}{''.join(others)}]"
-        if kind is None or kind is bool:
-            how = {"action": argparse.BooleanOptionalAction if kind else "store_true"}
-        elif isinstance(kind, tuple):
-            how = {"choices": kind}
-        else:
-            how = {"nargs": "+", "metavar": "PATH"} if kind == [str] else {"type": kind}
-        made.add_argument(flag, help=text, default=None, **how)
-    return made
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on, as its config.json keeps it.
+
+    The names are those of the flags, and --help says what they mean. What is None is chosen when
+    the run begins, or is not used. ValueError for settings that contradict each other.
+    """
+
+    out: str
+    # Model
+    model: str = "tiny"
+    init: str | None = None
+    tokenizer: str | None = None
+    adapter: str | None = None
+    # Data
+    data: list[str] | None = None
+    bin_dtype: str | None = None
+    sft: str | None = None
+    seq_len: int | None = None
+    val_share: float = 0.05
+    data_sha256: str | None = None  # no flag: a resumed run must find the same data
+    # What is trained
+    full: bool = False
+    lora: bool = False
+    rank: int = 8
+    alpha: float = 16.0
+    train: str = "embed,norm"
+    merge: str | None = None
+    # FreqKV
+    attention: str = "freqkv"
+    window: int | None = None
+    sinks: int = FreqKVConfig.sinks
+    ratio: float = FreqKVConfig.ratio
+    recent: int = FreqKVConfig.recent
+    distill: float = 0.0
+    # Optimisation
+    steps: int = 100
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 2e-5
+    warmup: int = 20
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    seed: int = 0
+    # Run
+    eval_every: int = 50
+    eval_rows: int = 64
+    save_every: int = 50
+    keep_last: int = 2
+    save_dtype: str | None = None
+    checkpointing: bool = True
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for one, other in CONFLICTS:
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"--{one}: was given with --{other}, must be without")
+        if self.merge and not self.lora and not self.adapter:
+            raise ValueError("--merge: was given alone, must be with --lora or --adapter")
+        if self.merge and Path(self.out).resolve() in (Path(self.merge) / "x").resolve().parents:
+            raise ValueError(
+                f"--merge: was {self.merge}, must be outside the run's folder, {self.out}"
+            )
 
 
-def _name(flag: str) -> str:
-    return flag[2:].replace("-", "_")
+def make_parser() -> cli.Parser:
+    """The command line. A flag that is not given leaves no trace, so its default is `Settings`'."""
+    parser = cli.Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    count = cli.integer(1)
+    whole = cli.integer(0)
+    real = cli.real(0, 1e30)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help=f"what to begin from: a name or a path {show_default('model')}")
+    add("--init", help="begin from random weights instead: the config.json of a LLaMA")
+    text = "a name or a path, or train:SIZE to make one (with --init) [the model's own]"
+    add("--tokenizer", help=text)
+    add("--adapter", help="LoRA to train on (with --lora), else to merge into the model first")
+
+    add = parser.add_argument_group("data").add_argument
+    text = "text files, folders, patterns, or .bin files of tokens [Python's own source]"
+    add("--data", nargs="+", metavar="PATH", help=text)
+    text = "of .bin files [uint16 if the vocabulary fits]"
+    add("--bin-dtype", choices=("uint16", "uint32"), help=text)
+    text = "instruction tuning: JSON of (instruction, output) or messages; text is learnt whole"
+    add("--sft", metavar="FILE", help=text)
+    text = "tokens of a row [twice the window; the window for --attention full]"
+    add("--seq-len", type=count, help=text)
+    text = f"share of the data that is held out {show_default('val_share')}"
+    add("--val-share", type=cli.real(0, 0.5), help=text)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--full", action="store_true", help="all weights; the default")
+    text = "low-rank updates of q, k, v, o, and what --train names"
+    add("--lora", action="store_true", help=text)
+    add("--rank", type=count, help=f"of the updates {show_default('rank')}")
+    add("--alpha", type=real, help=f"the updates are scaled by alpha/rank {show_default('alpha')}")
+    text = f"what else --lora trains: of embed, norm, or none {show_default('train')}"
+    add("--train", help=text)
+    text = "write a merged model here: after --lora, or with --adapter at once"
+    add("--merge", metavar="FOLDER", help=text)
+
+    add = parser.add_argument_group("FreqKV").add_argument
+    text = "compressed; the most distinct tokens; sinks and newest; or everything"
+    add("--attention", choices=cli.CACHES, help=f"{text} {show_default('attention')}")
+    text = f"slots N a layer [{FreqKVConfig.window}, or the model's positions if fewer]"
+    add("--window", type=count, help=text)
+    add("--sinks", type=whole, help=f"first tokens, never compressed {show_default('sinks')}")
+    text = f"share of the span that a round keeps {show_default('ratio')}"
+    add("--ratio", type=cli.real(0, 1), help=text)
+    add("--recent", type=whole, help=f"newest tokens, left as they are {show_default('recent')}")
+    text = f"share of the loss that imitates full attention {show_default('distill')}"
+    add("--distill", type=cli.real(0, 1), help=text)
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=count, help=f"steps of the optimizer {show_default('steps')}")
+    add("--batch-size", type=count, help=f"rows at a time {show_default('batch_size')}")
+    add("--accumulate", type=count, help=f"batches a step {show_default('accumulate')}")
+    add("--lr", type=real, help=f"learning rate of AdamW {show_default('lr')}")
+    add("--warmup", type=whole, help=f"steps until the full rate {show_default('warmup')}")
+    text = f"of the rate, after the warm-up {show_default('schedule')}"
+    add("--schedule", choices=("constant", "cosine"), help=text)
+    add("--weight-decay", type=real, help=f"of matrices {show_default('weight_decay')}")
+    add("--grad-clip", type=real, help=f"longest gradient; 0: any {show_default('grad_clip')}")
+    text = f"of random weights and of the order of the data {show_default('seed')}"
+    add("--seed", type=whole, help=text)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="the run's folder [runs/MODEL-RECIPE]")
+    text = "go on from the newest checkpoint in --out, if there is one"
+    add("--resume", action="store_true", help=text)
+    text = f"steps between evaluations; 0: at the ends only {show_default('eval_every')}"
+    add("--eval-every", type=whole, help=text)
+    text = f"held-out rows of an evaluation, evenly spaced {show_default('eval_rows')}"
+    add("--eval-rows", type=count, help=text)
+    text = f"steps between checkpoints; 0: at the end only {show_default('save_every')}"
+    add("--save-every", type=whole, help=text)
+    text = f"checkpoints to keep, beside the best {show_default('keep_last')}"
+    add("--keep-last", type=count, help=text)
+    text = "of the last model [bfloat16], or adapter [float32]"
+    add("--save-dtype", choices=("bfloat16", "float32"), help=text)
+    text = f"compute layers again in backward, to save memory {show_default('checkpointing')}"
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help=text)
+    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
+    text = "of products and frozen weights [bfloat16 on cuda, float32 elsewhere]"
+    add("--dtype", choices=("bfloat16", "float32"), help=text)
+    return parser
 
 
-def settings(argv: Sequence[str] | None) -> Args:
-    """All settings: those given, else the run's own on --resume, else the recipe's."""
-    given = {k: v for k, v in vars(parser().parse_args(argv)).items() if v is not None}
-    recipe = next((r for r in ("init", "lora") if r in given), "full")
-    args = {_name(flag): default for flag, _, default, _ in FLAGS} | RECIPES[recipe] | given
-    apart = "full lora", "init lora", "init adapter", "sft data", "full merge"
-    for one, other in map(str.split, apart):
-        if args[one] and args[other]:
-            raise ValueError(f"--{one}: was given with --{other}, must be without")
-    if args["merge"] and not args["lora"] and not args["adapter"]:
-        raise ValueError("--merge: was given alone, must be with --lora or --adapter")
-    start = Path(args["init"] or args["model"]).resolve()
-    stem = start.parent.name if args["init"] else start.name.removesuffix(".gguf")
-    args["out"] = args["out"] or f"runs/{stem}-{recipe}{'-sft' if args['sft'] else ''}"
-    record, saved = Path(args["out"]) / "config.json", {}
-    if args["resume"] and record.exists():
-        saved = read_json(record)
-        if missing := {"schedule", "steps", "window"} - saved.keys():
-            raise ValueError(f"{record}: was without {min(missing)}, must be of a run of train.py")
-        # With a cosine, the rate of every step depends on the number of steps.
-        free = FREE - ({"steps"} if saved["schedule"] == "cosine" else set())
-        fixed = [k for k, v in given.items() if k not in free and v != saved.get(k)]
-        if fixed:
-            was = [
-                f"--{k}: was {given[k]}, must be {saved.get(k)}".replace("_", "-") for k in fixed
-            ]
-            raise ValueError(f"{'; '.join(was)}, as the run in {args['out']} began")
-        args |= saved | {k: v for k, v in given.items() if k in free}
-    merged = args["merge"]
-    if merged and Path(args["out"]).resolve() in (Path(merged) / "x").resolve().parents:
-        raise ValueError(f"--merge: was {merged}, must be outside the run's folder, {args['out']}")
-    if merged and Path(merged).exists() and merged != saved.get("merge"):
-        raise FileExistsError(f"--merge: {merged} was there already, must be new")
-    return Args(**args)
+def show_default(name: str) -> str:
+    """The default of a setting, for its help: "[100; --lora 1000, --init 1000]"."""
+    text = str(getattr(Settings, name))
+    others = []
+    for recipe, values in RECIPES.items():
+        if name in values:
+            others.append(f"--{recipe} {values[name]}")
+    if others:
+        text += f"; {', '.join(others)}"
+    return f"[{text}]"
 
 
-def build(args: Args) -> Llama:
-    """The model on its device: what is trained in float32, what is frozen in --dtype."""
-    torch.manual_seed(args.seed)
-    if args.init:
-        model = Llama(read_config(Path(args.init)))
-        ends = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)  # they add up in the residual
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                last = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=ends if last else 0.02)
+def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
+    """The settings of a run, from the flags that were given: those, and the defaults of its recipe.
+
+    resume: where the run has begun, its own settings. ValueError for one that it cannot change.
+    """
+    values = add_defaults(given)
+    path = Path(values["out"]) / "config.json"
+    merge = None
+    if resume and path.exists():
+        saved = read_settings(path)
+        check_same(given, saved)
+        settings = replace(saved, **given)
+        merge = saved.merge  # which it may have written already
     else:
-        model = load_model(args.model, adapter=None if args.lora else args.adapter)
-    model.to(args.device)
-    if args.lora and args.adapter:
-        load_adapter(model, args.adapter, torch.float32)
-    elif args.lora:
-        parts = [part for part in args.train.split(",") if part != "none"]
-        add_lora(model, args.rank, args.alpha, whole=parts)
+        settings = Settings(**values)
+    if settings.merge and settings.merge != merge and Path(settings.merge).exists():
+        raise FileExistsError(f"--merge: {settings.merge} was there already, must be new")
+    return settings
+
+
+def add_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, with the defaults of their recipe, and a folder for the run."""
+    recipe = "full"
+    start = Path(given.get("model", Settings.model))
+    if "lora" in given:
+        recipe = "lora"
+    if "init" in given:
+        recipe = "init"
+        start = Path(given["init"]).resolve().parent
+    name = start.resolve().name.removesuffix(".gguf")
+    ending = "-sft" if "sft" in given else ""
+    values = {"out": f"runs/{name}-{recipe}{ending}"}
+    return values | RECIPES.get(recipe, {}) | given
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in the config.json of a run."""
+    content = read_json(path)
+    values = {}
+    for field in fields(Settings):
+        if field.name not in content:
+            raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
+        values[field.name] = content[field.name]
+    return Settings(**values)
+
+
+def check_same(given: dict[str, Any], saved: Settings) -> None:
+    """ValueError where a setting was given that would change the weights of a run on its way."""
+    changes = []
+    for name, value in given.items():
+        must = getattr(saved, name)
+        # With a cosine, the rate of every step depends on the number of steps.
+        free = name in FREE and not (name == "steps" and saved.schedule == "cosine")
+        if value != must and not free:
+            flag = name.replace("_", "-")
+            changes.append(f"--{flag}: was {value}, must be {must}")
+    if changes:
+        raise ValueError(f"{'; '.join(changes)}, as the run in {saved.out} began")
+
+
+# The model and the data
+
+
+def make_model(settings: Settings, device: torch.device, dtype: torch.dtype) -> Llama:
+    """The model to train: what is trained in float32, what is frozen in `dtype`."""
+    torch.manual_seed(settings.seed)
+    if settings.init:
+        model = Llama(read_config(Path(settings.init)))
+    elif settings.lora:
+        model = load_model(settings.model)
+    else:
+        model = load_model(settings.model, adapter=settings.adapter)
+    model.to(device)
+    if settings.lora and settings.adapter:
+        load_adapter(model, settings.adapter, torch.float32)
+    elif settings.lora:
+        parts = [part for part in settings.train.split(",") if part != "none"]
+        add_lora(model, settings.rank, settings.alpha, whole=parts)
     for parameter in model.parameters():
-        dtype = torch.float32 if parameter.requires_grad else getattr(torch, args.dtype)
-        parameter.data = parameter.data.to(dtype)
-    model.gradient_checkpointing = args.checkpointing
+        wanted = torch.float32 if parameter.requires_grad else dtype
+        parameter.data = parameter.data.to(wanted)
+    model.gradient_checkpointing = settings.checkpointing
     return model
 
 
-def attention(kind: str, config: FreqKVConfig) -> Any:
-    """The strategy to train with, one of --attention."""
-    if kind == "full":
+def choose_attention(name: str, schedule: FreqKVConfig) -> Attend:
+    """The strategy to train with, by its name in cli.CACHES."""
+    if name == "full":
         return causal_attention
-    return FreqKVAttention(config, newest if kind == "window" else compress)
+    return FreqKVAttention(schedule, cli.OPERATORS[name])
 
 
-def frozen_copy(model: Llama) -> Llama:
+def choose_tokenizer(settings: Settings) -> Tokenizer | None:
+    """The tokenizer that --tokenizer names, or has made; else the model's own, if it has one."""
+    name = settings.tokenizer
+    if name is None and settings.init:
+        return None
+    if name is None:
+        return load_tokenizer(settings.model)
+    if not name.startswith("train:"):
+        return load_tokenizer(name)
+    size = name.removeprefix("train:")
+    if not size.isdecimal():
+        raise ValueError(f"--tokenizer: was {name}, must be train:SIZE, a number of tokens")
+    path = Path(settings.out) / "tokenizer/tokenizer.model"
+    if not path.exists():
+        content = train_tokenizer(data_files(settings.data), int(size))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, lambda to: to.write_bytes(content))
+    return load_tokenizer(path.parent)
+
+
+def read_data(settings: Settings, tokenizer: Tokenizer | None, vocab: int, seq_len: int) -> Data:
+    """The rows that --sft or --data names."""
+    share = settings.val_share
+    files = []
+    if not settings.sft:
+        files = data_files(settings.data)
+    if any(file.suffix == ".bin" for file in files):
+        return read_bins(files, settings.bin_dtype, vocab, seq_len, share)
+    if tokenizer is None:
+        raise ValueError("--tokenizer: was not given with --init, must be a path or train:SIZE")
+    if settings.sft:
+        return read_records(Path(settings.sft), tokenizer, seq_len, share)
+    folder = Path(settings.out) / "data"
+    about = repr((settings.tokenizer, settings.model, share))
+    return read_texts(files, tokenizer, seq_len, share, folder, about)
+
+
+# Losses
+
+
+def copy_frozen(model: Llama) -> Llama:
     """The model as it is now, whatever training makes of it; what is frozen is shared, not copied.
 
     The teacher of --distill: it reads the same text with full attention.
     """
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            shared[id(parameter)] = parameter
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
-def loss_sum(
+def sum_chunk(
     model: Llama, hidden: Tensor, labels: Tensor,
-    teacher: Llama | None = None, taught: Tensor | None = None, share: float = 0.0,
+    teacher: Llama | None, teacher_hidden: Tensor, share: float,
 ) -> Tensor:  # fmt: skip
-    """Sum of the losses of hidden [B, T, E] at labels [B, T] other than IGNORE.
+    """Total loss of labels [n] after hidden states [n, E]; see `sum_losses`."""
+    predictions = log_softmax(model.logits(hidden))  # [n, V]
+    loss = F.nll_loss(predictions, labels, reduction="sum")
+    if teacher is None:
+        return loss
+    target = log_softmax(teacher.logits(teacher_hidden))
+    imitation = F.kl_div(predictions, target, reduction="sum", log_target=True)
+    return torch.lerp(loss, imitation, share)
 
-    With a teacher and its hidden states `taught`, a share of each is the divergence of the model's
-    prediction from the teacher's, KL(teacher || model), in nats as well.
 
-    The logits [B, T, V] of a long sequence would take more memory than the model. Those of CHUNK
-    tokens live until their loss is known, and are computed again in backward.
+def log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def sum_losses(
+    model: Llama, hidden: Tensor, labels: Tensor,
+    teacher: Llama | None = None, teacher_hidden: Tensor | None = None, share: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Total loss of the labelled tokens, in nats, in chunks to save memory.
+
+    hidden: [B, T, E]. labels: [B, T], IGNORE where there is none. With a teacher and its hidden
+    states, a share of each loss is the divergence from its prediction, KL(teacher || model).
+
+    The logits [B, T, V] of long rows would take more memory than the model. Those of CHUNK tokens
+    live until their loss is known, and are computed again in backward.
     """
+    if teacher_hidden is None:
+        teacher_hidden = hidden.detach()
+    labelled = labels != IGNORE
+    # Split at once: a slice for each chunk would have a gradient as long as all of them.
+    hidden_chunks = torch.split(hidden[labelled], CHUNK)  # [CHUNK, E] each
+    label_chunks = torch.split(labels[labelled], CHUNK)
+    teacher_chunks = torch.split(teacher_hidden[labelled], CHUNK)
+    chunks = zip(hidden_chunks, label_chunks, teacher_chunks, strict=True)
+    losses = []
+    for hidden_chunk, label_chunk, teacher_chunk in chunks:
+        loss = checkpoint(
+            sum_chunk, model, hidden_chunk, label_chunk, teacher, teacher_chunk, share,
+            use_reentrant=False,
+        )  # fmt: skip
+        losses.append(loss)
+    return torch.stack(losses).sum()
 
-    def wide(logits: Tensor) -> Tensor:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def part(hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-        found = wide(model.logits(hidden)).log_softmax(-1)
-        loss = F.nll_loss(found, labels, reduction="sum")
-        if teacher is None:
-            return loss
-        target = wide(teacher.logits(taught)).log_softmax(-1)
-        imitation = F.kl_div(found, target, reduction="sum", log_target=True)
-        return torch.lerp(loss, imitation, share)
-
-    counted = labels != IGNORE
-    each = (hidden, labels, hidden.detach() if taught is None else taught)
-    chunks = zip(*(x[counted].split(CHUNK) for x in each), strict=True)
-    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-
-
-def losses(
-    model: Llama, attend: Any, rows: list[Row], args: Args, teacher: Llama | None = None
+def compute_losses(
+    model: Llama, attend: Attend, rows: Sequence[Row], settings: Settings, teacher: Llama | None
 ) -> Iterator[Tensor]:
-    """The rows' share, batch by batch, of the mean loss of all their labels."""
-    count = sum(int((labels != IGNORE).sum()) for _, labels in rows)
-    kind, low = torch.device(args.device).type, args.dtype == "bfloat16"
-    for start in range(0, len(rows), args.batch_size):
-        tokens, labels = collate(rows[start : start + args.batch_size], args.device)
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=low):
-            with torch.no_grad():
-                taught = teacher.hidden(tokens) if teacher else None
+    """The mean loss of all labels of the rows, batch by batch: what is yielded adds up to it."""
+    device = model.norm.weight.device
+    count = 0
+    for _, labels in rows:
+        count += int((labels != IGNORE).sum())
+    for start in range(0, len(rows), settings.batch_size):
+        tokens, labels = collate(rows[start : start + settings.batch_size], device)
+        low = settings.dtype == "bfloat16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+            teacher_hidden = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_hidden = teacher.hidden(tokens)
             hidden = model.hidden(tokens, attend)
-            loss = loss_sum(model, hidden, labels, teacher, taught, args.distill) / count
-        yield loss
+            total = sum_losses(model, hidden, labels, teacher, teacher_hidden, settings.distill)
+        yield total / count
 
 
-def learning_rate(args: Args, step: int) -> float:
+def choose_rate(settings: Settings, step: int) -> float:
     """Linear to the full rate at step `warmup`; then constant, or half a cosine towards 0."""
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    done = (step - args.warmup) / (args.steps - args.warmup + 1)
-    return args.lr * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
+    if step <= settings.warmup:
+        return settings.lr * step / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    share = (step - settings.warmup) / (settings.steps - settings.warmup + 1)
+    return settings.lr * (1 + math.cos(math.pi * share)) / 2
+
+
+# Checkpoints
 
 
 class Checkpoints:
@@ -272,17 +475,27 @@ class Checkpoints:
         for stale in folder.glob(".tmp-*"):
             shutil.rmtree(stale)
 
-    def steps(self) -> list[int]:
-        numbers = (path.name[5:] for path in self.folder.glob("step-*"))
-        return sorted(int(number) for number in numbers if number.isdecimal())
-
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
-    def newest(self) -> str:
-        return f"newest good checkpoint: {self.path(self.steps()[-1]) if self.steps() else 'none'}"
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order."""
+        steps = []
+        for path in self.folder.glob("step-*"):
+            number = path.name.removeprefix("step-")
+            if number.isdecimal():
+                steps.append(int(number))
+        return sorted(steps)
 
-    def save(self, step: int, weights: dict[str, Tensor], state: Any, record: Any) -> None:
+    def describe_newest(self) -> str:
+        """What an error says of how much is safe."""
+        steps = self.steps()
+        newest = self.path(steps[-1]) if steps else "none"
+        return f"newest good checkpoint: {newest}"
+
+    def save(
+        self, step: int, weights: dict[str, Tensor], state: dict[str, Any], record: dict[str, Any]
+    ) -> None:
         """Trained weights, the state of the optimizer and of random numbers, and a JSON record."""
         beside = self.folder / f".tmp-{step}"
         try:
@@ -291,161 +504,227 @@ class Checkpoints:
             with (beside / "state.pt").open("wb") as file:
                 torch.save(state, file)
             (beside / "record.json").write_text(json.dumps(record, indent=2) + "\n")
-            for path in (*beside.iterdir(), beside):
-                _sync(path)
+            for path in beside.iterdir():
+                sync(path)
+            sync(beside)
             beside.rename(self.path(step))
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
             shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(f"{self.path(step)}: not written: {error}; {self.newest()}") from None
+            raise OSError(
+                f"{self.path(step)}: was not written ({error}); {self.describe_newest()}"
+            ) from None
 
-    def load(self, step: int) -> tuple[dict[str, Tensor], Any, Any]:
+    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """What `save` was given: weights, state and record; ValueError unless they are whole."""
         folder = self.path(step)
         with damaged(folder, "whole, or removed, to go on from the one before"):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             record = read_json(folder / "record.json")
-            if missing := {"optimizer", "random", "step", "best"} - {*state, *record}:
+            missing = {"optimizer", "random", "step", "best"} - {*state, *record}
+            if missing:
                 raise ValueError(f"without {min(missing)}")
             return load_file(folder / "weights.safetensors"), state, record
 
     def prune(self, keep: int, best: int | None) -> None:
+        """Remove all but the last `keep`, and the best."""
         for step in self.steps()[:-keep]:
-            if step != best:  # renamed first, so that a folder step-* is always whole
-                shutil.rmtree(self.path(step).rename(self.folder / f".tmp-old-{step}"))
+            if step != best:
+                # Renamed first, so that a folder step-* is always whole.
+                old = self.path(step).rename(self.folder / f".tmp-old-{step}")
+                shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything else happens."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-@contextmanager
-def noted_signals() -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM, to act on between steps; the second of a kind acts at once."""
-    noted: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# The run
 
 
 class Trainer:
     """A run: model, optimizer and data, and the folder that it writes."""
 
-    def __init__(self, args: Args, model: Llama, attend: Any, data: Data) -> None:
-        self.args, self.model, self.attend, self.data = args, model, attend, data
-        self.teacher = frozen_copy(model) if args.distill else None
-        self.out = Path(args.out)
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.trained.values() if p.ndim > 1]
-        vectors = [p for p in self.trained.values() if p.ndim == 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        how = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], **how)
+    def __init__(self, settings: Settings, model: Llama, attend: Attend, data: Data) -> None:
+        self.settings = settings
+        self.model = model
+        self.attend = attend
+        self.data = data
+        self.teacher = copy_frozen(model) if settings.distill > 0 else None
+        self.trained = {}  # parameters by name
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.trained[name] = parameter
+        self.optimizer = make_optimizer(list(self.trained.values()), settings)
+        self.out = Path(settings.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints")
         self.step = 0
-        self.evaluated: dict[str, float] = {}  # the last evaluation
+        self.evaluation: dict[str, float] = {}  # the last one
         self.best: dict[str, float] = {}  # the best one of which there is a checkpoint
 
-    def run(self) -> str:
+    def run(self) -> str | None:
         """Train to the last step, or to a signal, whose name is returned; save either way."""
-        args = self.args
+        settings = self.settings
         with (
-            noted_signals() as noted,
-            tqdm(total=args.steps, initial=self.step, disable=None) as bar,
+            catch_signals() as signals,
+            tqdm(total=settings.steps, initial=self.step, disable=None) as bar,
         ):
             if self.step == 0:
                 self.evaluate()
-            while self.step < args.steps and not noted:
-                bar.set_postfix(loss=f"{self.train_step():.3f}")
+            while self.step < settings.steps and not signals:
+                loss = self.train_step()
+                bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
-                if self.step == args.steps or (args.eval_every and not self.step % args.eval_every):
+                if self.step == settings.steps or self.is_due(settings.eval_every):
                     self.evaluate()
-                if args.save_every and not self.step % args.save_every:
+                if self.is_due(settings.save_every):
                     self.save()
             self.save()
-            return noted[0] if self.step < args.steps else ""
+        return signals[0] if self.step < settings.steps else None
+
+    def is_due(self, every: int) -> bool:
+        """Whether it is time for what comes every so many steps; 0 is never."""
+        return every > 0 and self.step % every == 0
 
     def train_step(self) -> float:
-        args, began, step = self.args, time.perf_counter(), self.step + 1
-        rows = self.data.rows(args.seed, step, args.batch_size * args.accumulate)
-        total = torch.zeros((), device=args.device)
-        for loss in losses(self.model, self.attend, rows, args, self.teacher):
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), args.grad_clip or math.inf)
-        record = {"loss": total.item(), "grad_norm": norm.item(), "lr": learning_rate(args, step)}
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
-            was = f"loss at step {step}: was {record['loss']}, its gradient {record['grad_norm']}"
-            raise ValueError(f"{was}, must be finite; {self.checkpoints.newest()}")
+        """One step of the optimizer, logged; the loss before it."""
+        began = time.perf_counter()
+        settings = self.settings
+        step = self.step + 1
+        rows = self.data.choose_rows(settings.seed, step, settings.batch_size * settings.accumulate)
+        total = torch.zeros((), device=self.model.norm.weight.device)
+        for part in compute_losses(self.model, self.attend, rows, settings, self.teacher):
+            part.backward()
+            total += part.detach()
+        loss = total.item()
+        longest = settings.grad_clip if settings.grad_clip > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), longest).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ValueError(
+                f"loss at step {step}: was {loss}, its gradient {norm}, must be finite; "
+                f"{self.checkpoints.describe_newest()}"
+            )
+        rate = choose_rate(settings, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = record["lr"]
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, seconds = step, time.perf_counter() - began
+        self.step = step
+        seconds = time.perf_counter() - began
         tokens = sum(len(row[0]) for row in rows)
-        record |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        memory, _ = cli.peak_memory(torch.device(args.device))
-        self.log(record | {"memory_bytes": memory})
-        return record["loss"]
+        memory, _ = cli.peak_memory(self.model.norm.weight.device)
+        self.log(
+            {
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": rate,
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "memory_bytes": memory,
+            }
+        )
+        return loss
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Loss of held-out rows, always the same ones, in nats a token and in bits a byte."""
-        held, count = self.data.held, min(self.args.eval_rows, len(self.data.held))
-        if not count:
+        held_out = self.data.held_out
+        count = min(self.settings.eval_rows, len(held_out))
+        if count == 0:
             return
-        rows = [held[round(i)] for i in np.linspace(0, len(held) - 1, count)]
-        loss = float(sum(losses(self.model, self.attend, rows, self.args)))
-        self.evaluated = {"val_loss": loss}
-        if self.data.tokens_per_byte:
-            self.evaluated["bits_per_byte"] = loss * self.data.tokens_per_byte / math.log(2)
-        words = (f"{name} {value:.4f}" for name, value in self.evaluated.items())
-        tqdm.write(f"step {self.step}: {', '.join(words)}")
-        self.evaluated["step"] = self.step
-        self.log(self.evaluated)
+        rows = [held_out[round(i)] for i in np.linspace(0, len(held_out) - 1, count)]
+        loss = 0.0
+        for part in compute_losses(self.model, self.attend, rows, self.settings, None):
+            loss += part.item()
+        self.evaluation = {"step": self.step, "val_loss": loss}
+        text = f"step {self.step}: held-out loss {loss:.4f} nats a token"
+        if self.data.tokens_per_byte is not None:
+            bits = loss * self.data.tokens_per_byte / math.log(2)
+            self.evaluation["bits_per_byte"] = bits
+            text += f", {bits:.4f} bits a byte"
+        tqdm.write(text)
+        self.log(self.evaluation)
 
     def log(self, record: dict[str, float]) -> None:
+        """Add a record of this step to log.jsonl."""
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step} | record) + "\n")
 
     def save(self) -> None:
         """Write a checkpoint unless there is one of this step; mark the best, drop the old."""
         if not self.checkpoints.path(self.step).exists():
-            loss, least = (x.get("val_loss", math.inf) for x in (self.evaluated, self.best))
-            if self.evaluated.get("step") == self.step and loss < least:
-                self.best = self.evaluated
-            weights = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
+            least = self.best.get("val_loss", math.inf)
+            evaluated = self.evaluation.get("step") == self.step
+            if evaluated and self.evaluation["val_loss"] < least:
+                self.best = self.evaluation
+            weights = {}
+            for name, parameter in self.trained.items():
+                weights[name] = parameter.detach().cpu().contiguous()
             state = {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
-            record = {"step": self.step, "best": self.best, "settings": vars(self.args)}
+            record = {"step": self.step, "best": self.best, "settings": asdict(self.settings)}
             self.checkpoints.save(self.step, weights, state, record)
         write_json(self.out / "best.json", self.best)
-        self.checkpoints.prune(self.args.keep_last, self.best.get("step"))
+        self.checkpoints.prune(self.settings.keep_last, self.best.get("step"))
 
     def resume(self) -> None:
         """Go back to the newest checkpoint, or to the start, and cut the log there."""
-        if steps := self.checkpoints.steps():
+        steps = self.checkpoints.steps()
+        if steps:
             weights, state, record = self.checkpoints.load(steps[-1])
             shapes = {name: parameter.shape for name, parameter in self.trained.items()}
             if shapes != {name: tensor.shape for name, tensor in weights.items()}:
-                was = self.checkpoints.path(steps[-1])
-                raise ValueError(f"{was}: was of another model, must be of {self.args.model}")
+                path = self.checkpoints.path(steps[-1])
+                raise ValueError(f"{path}: was of another model, must be of {self.settings.model}")
             for name, parameter in self.trained.items():
                 parameter.data.copy_(weights[name])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"])
-            self.step, self.best = record["step"], record["best"]
-        kept = [x for x in read_log(self.out) if x["step"] <= self.step and self.step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
+            self.step = record["step"]
+            self.best = record["best"]
+        lines = ""
+        for record in read_log(self.out):
+            if self.step > 0 and record["step"] <= self.step:
+                lines += json.dumps(record) + "\n"
         write_beside(self.out / "log.jsonl", lambda to: to.write_text(lines))
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    """AdamW, with weight decay of matrices alone."""
+    groups: list[dict[str, Any]] = []
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[str]]:
+    """Names of SIGINT and SIGTERM as they come, to act on between steps; a second acts at once."""
+    names: list[str] = []
+    handlers = {}
+
+    def note(number: int, frame: Any) -> None:
+        names.append(signal.Signals(number).name)
+        signal.signal(number, handlers[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.getsignal(number)
+        signal.signal(number, note)
+    try:
+        yield names
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# Results
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -454,13 +733,15 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with damaged(path, "a JSON record a line"):
-        records = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
-        if not all("step" in record for record in records):
-            raise ValueError("a record without its step")
+        lines = path.read_text().split("\n")
+        records = [json.loads(line) for line in lines[:-1]]
+        for record in records:
+            if "step" not in record:
+                raise ValueError("a record without its step")
         return records
 
 
-def plot(out: Path) -> str:
+def draw_losses(out: Path) -> str:
     """Draw the losses by step into loss.png; returns a line that says so."""
     try:
         from matplotlib.figure import Figure
@@ -468,97 +749,136 @@ def plot(out: Path) -> str:
         return "no picture of the losses: it takes pip install matplotlib"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in ("loss", "val_loss"):
-        points = [(record["step"], record[name]) for record in read_log(out) if name in record]
-        axes.plot(*zip(*points, strict=True), label=name) if points else None
-    axes.set(xlabel="step", ylabel="nats a token")
+    records = read_log(out)
+    for name, label in (("loss", "training"), ("val_loss", "held out")):
+        points = [record for record in records if name in record]
+        steps = [record["step"] for record in points]
+        axes.plot(steps, [record[name] for record in points], label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
     return f"losses drawn in {out / 'loss.png'}"
 
 
-def write_results(args: Args, model: Llama, tokenizer: Tokenizer | None) -> str:
+def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None) -> str:
     """Write the adapter or the model; returns the arguments that generate from it."""
+    out = Path(settings.out)
     names = ("attention", "window", "sinks", "ratio", "recent", "seq_len")
-    freqkv, out = {name: getattr(args, name) for name in names}, Path(args.out)
-    if args.lora:
-        dtype = getattr(torch, args.save_dtype or "float32")
-        save_adapter(model, out / "adapter", args.model, freqkv, dtype)
-        if not args.merge:
-            return f"--model {args.model} --adapter {out / 'adapter'}"
+    tuned = {name: getattr(settings, name) for name in names}
+    if settings.lora:
+        dtype = cli.DTYPES[settings.save_dtype or "float32"]
+        save_adapter(model, out / "adapter", settings.model, tuned, dtype)
+        if not settings.merge:
+            return f"--model {settings.model} --adapter {out / 'adapter'}"
         merge_lora(model)
-    folder = Path(args.merge or out / "model")
-    save_model(model.to(getattr(torch, args.save_dtype or "bfloat16")), folder, tokenizer)
-    write_json(folder / "freqkv.json", freqkv)
+    folder = Path(settings.merge or out / "model")
+    model.to(cli.DTYPES[settings.save_dtype or "bfloat16"])
+    save_model(model, folder, tokenizer)
+    write_json(folder / "freqkv.json", tuned)
     return f"--model {folder}"
 
 
-def merge(args: Args) -> None:
-    """Write --model with --adapter merged into it, in the model's own dtype."""
-    model = load_model(args.model, adapter=args.adapter)
-    save_model(model, args.merge, load_tokenizer(args.model))
-    if (settings := find_adapter(args.adapter) / "freqkv.json").exists():
-        write_json(Path(args.merge) / "freqkv.json", read_json(settings))
-    print(f"merged; generate with: python generate.py --model {args.merge}")
+# The script
 
 
-def prepare(args: Args) -> tuple[Trainer, Tokenizer | None]:
-    """A run from the start, or from where --resume finds it; ValueError before it writes any."""
-    out = Path(args.out)
+def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None]:
+    """A run at its start, or where it stopped; ValueError or OSError before it writes any."""
+    out = Path(settings.out)
     begun = (out / "config.json").exists()
-    strange = {x.name for x in out.glob("[!.]*")} - {"data", "tokenizer"}
-    if strange and not (begun and args.resume):
+    strange = {path.name for path in out.glob("[!.]*")} - {"data", "tokenizer"}
+    if strange and not (begun and resume):
         raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
-    device, dtype = cli.place(args.device, args.dtype)
-    args.device, args.dtype = str(device), str(dtype).removeprefix("torch.")
-    model, tokenizer = build(args), read_tokenizer(args)
-    config = model.config
+    device = cli.choose_device(settings.device)
+    dtype = cli.choose_dtype(settings.dtype, device)
+    model = make_model(settings, device, dtype)
+    tokenizer = choose_tokenizer(settings)
     if tokenizer is not None:
-        tokenizer.check_fits(config.vocab_size)
-    most = config.max_position_embeddings
-    slots = fitted({name: getattr(args, name) for name in SETTINGS}, config)
-    args.window = slots.window
-    args.seq_len = args.seq_len or args.window * (1 if args.attention == "full" else 2)
-    if args.distill and args.seq_len > most:
-        must = f"at most the model's {most} with --distill"
-        raise ValueError(f"--seq-len: was {args.seq_len}, must be {must}")
-    attend = attention(args.attention, slots)
-    data = read_data(args, tokenizer, config.vocab_size)
-    if vars(args).setdefault("data_sha256", data.sha256) != data.sha256:
+        tokenizer.check_fits(model.config.vocab_size)
+
+    slots = {name: getattr(settings, name) for name in asdict(cli.DEFAULTS)}
+    schedule = cli.make_schedule(slots, model.config)
+    seq_len = settings.seq_len
+    if seq_len is None:
+        seq_len = schedule.window if settings.attention == "full" else 2 * schedule.window
+    most = model.config.max_position_embeddings
+    if settings.distill > 0 and seq_len > most:
+        raise ValueError(
+            f"--seq-len: was {seq_len}, must be at most the model's {most} with --distill"
+        )
+    data = read_data(settings, tokenizer, model.config.vocab_size, seq_len)
+    if settings.data_sha256 not in (None, data.sha256):
         raise ValueError("--data: was changed since the run began, must be the same to resume")
+
+    settings = replace(
+        settings,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        window=schedule.window,
+        seq_len=seq_len,
+        data_sha256=data.sha256,
+    )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", vars(args))  # first: with it, whatever follows can be resumed
-    trainer = Trainer(args, model, attend, data)
+    # First: with it, whatever follows can be resumed.
+    write_json(out / "config.json", asdict(settings))
+    attend = choose_attention(settings.attention, schedule)
+    trainer = Trainer(settings, model, attend, data)
     if begun:
         trainer.resume()
     return trainer, tokenizer
 
 
-def train(args: Args) -> None:
-    trainer, tokenizer = prepare(args)
-    idle = set() if args.lora else {"rank", "alpha", "train"}
-    given = {name: x for name, x in vars(args).items() if name not in idle}
-    shown = {name: x for name, x in given.items() if x is not None and x is not False}
-    print("\n".join(f"{name:>14}  {x}" for name, x in shown.items()))
-    count, rows = sum(p.numel() for p in trainer.trained.values()), len(trainer.data.train)
-    print(
-        f"Training {count:,} weights of {args.init or args.model} on {rows} rows of up to "
-        f"{args.seq_len} tokens, steps {trainer.step + 1} to {args.steps}, into {args.out}"
+def describe(trainer: Trainer) -> str:
+    """The settings that were given or chosen, and what is about to happen."""
+    settings = trainer.settings
+    idle = {"data_sha256"}  # which tells a person nothing
+    if not settings.lora:
+        idle |= {"rank", "alpha", "train"}
+    lines = []
+    for name, value in asdict(settings).items():
+        if value is not None and value is not False and name not in idle:
+            lines.append(f"{name:>14}  {value}")
+    weights = sum(parameter.numel() for parameter in trainer.trained.values())
+    rows = cli.format_count(len(trainer.data.train), "row")
+    lines.append(
+        f"Training {weights:,} weights of {settings.init or settings.model} on {rows} of up to "
+        f"{settings.seq_len:,} tokens, from step {trainer.step} to {settings.steps}, "
+        f"into {settings.out}"
     )
-    again = f"python train.py --out {args.out} --resume"
-    if stopped := trainer.run():
-        print(f"{stopped}: saved after step {trainer.step}; go on with: {again}")
+    return "\n".join(lines)
+
+
+def train(settings: Settings, resume: bool) -> None:
+    """Train, and write what was trained; a signal ends it early."""
+    trainer, tokenizer = prepare(settings, resume)
+    print(describe(trainer))
+    stopped_by = trainer.run()
+    if stopped_by is not None:
+        again = f"python train.py --out {settings.out} --resume"
+        print(f"{stopped_by}: saved after step {trainer.step}; go on with: {again}")
         return
-    use = write_results(args, trainer.model, tokenizer)
-    print(f"{plot(trainer.out)}\ndone; generate with: python generate.py {use}")
+    arguments = write_results(trainer.settings, trainer.model, tokenizer)
+    print(draw_losses(trainer.out))
+    print(f"done; generate with: python generate.py {arguments}")
+
+
+def merge(model_name: str, adapter: str, folder: Path) -> None:
+    """Write a model with an adapter merged into it, in the model's own dtype."""
+    model = load_model(model_name, adapter=adapter)
+    save_model(model, folder, load_tokenizer(model_name))
+    tuned = find_adapter(adapter) / "freqkv.json"
+    if tuned.exists():
+        write_json(folder / "freqkv.json", read_json(tuned))
+    print(f"merged; generate with: python generate.py --model {folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = settings(argv)
-    if args.merge and not args.lora:
-        merge(args)
+    given = vars(make_parser().parse_args(argv))
+    resume = given.pop("resume", False)
+    settings = choose_settings(given, resume)
+    if settings.merge and settings.adapter and not settings.lora:
+        merge(settings.model, settings.adapter, Path(settings.merge))
     else:
-        train(args)
+        train(settings, resume)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from dct import dct, dct_matrix, idct, lowpass_halves, lowpass_matrix
+import dct as dct_file
+from dct import dct, dct_matrix, idct, lowpass, lowpass_matrix
 
 DOUBLE = torch.float64
 sizes = st.integers(1, 150)
@@ -146,15 +147,54 @@ def test_lowpass_samples_a_band_limited_signal_anew(n_keep):
 
 
 @given(sizes_and_keeps)
-def test_halves_unfold_to_the_whole_product(n_keep):
+def test_lowpass_is_its_matrix(n_keep):
     n, keep = n_keep
-    x = random(n, 3)
-    a, b = lowpass_halves(n, keep, DOUBLE)
-    half = (n + 1) // 2
-    assert a.shape == b.shape == ((keep + 1) // 2, half)
-    even, odd = a @ (x + x.flip(0))[:half], b @ (x - x.flip(0))[:half]
-    unfolded = torch.cat((even + odd, (even - odd)[: keep // 2].flip(0)))
-    close(unfolded, lowpass_matrix(n, keep, DOUBLE) @ x)
+    x = random(2, 3, n, 4)
+    expected = lowpass_matrix(n, keep, DOUBLE) @ x
+    close(lowpass(x, keep), expected)
+    if keep:
+        close(dct_file._lowpass_by_halves(x, keep), expected)
+        close(dct_file._lowpass_by_fft(x, keep), expected)
+
+
+@pytest.mark.parametrize("n", [4096, 4097, 8188, 131068])
+@pytest.mark.parametrize("ratio", [0, 0.3, 0.5])
+def test_lowpass_of_a_long_signal_needs_no_matrix(monkeypatch, n, ratio):
+    """The window of Llama 3.1, 131072 slots, whose matrices would take 17 GB."""
+    if n > 4096:
+        monkeypatch.setattr(dct_file, "_matrix", None)
+    x, keep = random(1, n, 2, dtype=torch.float32), int(ratio * n)
+    low = scipy.fft.dct(x.double().numpy(), axis=1, norm="ortho")[:, :keep]
+    expected = math.sqrt(keep / n) * scipy.fft.idct(low, axis=1, norm="ortho") if keep else low
+    close(lowpass(x, keep), torch.from_numpy(expected).float(), 1e-5)
+
+
+@pytest.mark.parametrize("n", [21, 4097])  # by matrices, and by the FFT
+@pytest.mark.parametrize("keep", [0, 7, 8])
+def test_lowpass_is_computed_in_float32(n, keep):
+    x = random(2, n, 4, dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = x.to(dtype)
+        assert torch.equal(lowpass(half, keep), lowpass(half.float(), keep).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lowpass(x, keep), lowpass(x.float(), keep))
+    close(lowpass(x, keep), lowpass(x.double(), keep).float(), 1e-5)
+
+
+def test_transforms_are_computed_in_float32_under_autocast():
+    x = random(2, 21, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        band, back = dct(x), idct(x)
+    close(band, dct(x), 1e-6)
+    close(back, idct(x), 1e-6)
+
+
+@pytest.mark.parametrize(("n", "keep"), [(8, 4), (9, 5), (7, 0)])
+def test_gradients_of_lowpass(n, keep):
+    x = random(2, n, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: lowpass(x, keep), x)
+    if keep:
+        assert torch.autograd.gradcheck(lambda x: dct_file._lowpass_by_fft(x, keep), x)
 
 
 def test_matrices_are_made_once():
@@ -179,28 +219,45 @@ def test_matrix_made_in_inference_mode_can_be_trained_through():
 
 def test_default_device_meta_leaves_the_matrices_alone():
     with torch.device("meta"):
-        matrix, halves = dct_matrix(617), lowpass_halves(617, 10)
+        matrix, low = dct_matrix(617), lowpass_matrix(617, 10)
     close(matrix @ matrix.T, torch.eye(617), atol=1e-5)
-    assert all(x.device.type == "cpu" for x in halves)
+    assert low.device.type == "cpu"
+    x = random(618, 2)
+    with torch.device("meta"):
+        halves = lowpass(x, 10)
+    close(halves, lowpass_matrix(618, 10, DOUBLE) @ x)
+    x = random(4097, 2)
+    with torch.device("meta"):
+        assert lowpass(x, 10).device.type == "cpu"
 
 
 def test_meta_tensors_stay_on_meta():
     assert dct_matrix(8, device="meta").is_meta
     assert dct(torch.empty(3, 8, device="meta")).is_meta
     assert lowpass_matrix(8, 3, device="meta").shape == (3, 8)
+    assert lowpass(torch.empty(2, 9, 4, device="meta"), 5).shape == (2, 5, 4)
+    assert lowpass(torch.empty(2, 5000, 4, device="meta"), 5).shape == (2, 5, 4)
 
 
 @pytest.mark.parametrize(("n", "keep"), [(0, 0), (-1, -1), (8, -1), (8, 9)])
-@pytest.mark.parametrize("make", [lowpass_matrix, lowpass_halves])
-def test_bad_sizes_are_refused(make, n, keep):
+def test_bad_sizes_are_refused(n, keep):
     with pytest.raises(ValueError, match=f"{n}, {keep}"):
-        make(n, keep)
+        lowpass_matrix(n, keep)
+    if n >= 0:
+        with pytest.raises(ValueError, match=f"{n}, {keep}"):
+            lowpass(torch.zeros(n, 2), keep)
 
 
 @pytest.mark.parametrize("n", [0, -3])
 def test_bad_size_of_the_transform_is_refused(n):
     with pytest.raises(ValueError, match=f"n.*were {n}"):
         dct_matrix(n)
+
+
+def test_lowpass_of_whole_numbers_is_refused():
+    """Their samples could not be written into a tensor of whole numbers."""
+    with pytest.raises(ValueError, match=r"x: was torch\.int64, must be a float"):
+        lowpass(torch.arange(9)[:, None], 4)
 
 
 @pytest.mark.parametrize("transform", [dct, idct])

@@ -1,4 +1,4 @@
-"""evaluate.py longbench: the published metrics, reading and cutting, resuming, every bad input.
+"""experiments/longbench.py: the published metrics, reading and cutting, resuming, every bad input.
 
 Run: pytest tests/test_longbench.py
 """
@@ -14,11 +14,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import evaluate
 import generate
-from evaluation import longbench, metrics
-from evaluation.longbench import Record, cut
-from evaluation.metrics import TASKS
+from experiments import longbench, metrics
+from experiments.longbench import Record, cut_middle
+from experiments.metrics import TASKS
 from freqkv import FreqKVAttention, FreqKVConfig
 from tests.helpers import tiny_checkpoint
 from weights import chat_tokens, load_model, load_tokenizer
@@ -85,26 +84,26 @@ def data(tmp_path):
 
 @pytest.fixture
 def script(checkpoint, data, tmp_path, outcome):
-    """Run evaluate.py longbench in this process; its exit code, output and results."""
+    """Run it in this process; its exit code, stdout and stderr."""
 
     def run(*flags, data=data):
         where = ["--data", data] if data else []
-        given = ["longbench", "--model", checkpoint, *where, "--out", tmp_path / "out", *flags]
-        return outcome(evaluate, *given, "--window", 32, "--device", "cpu")
+        usual = ["--model", checkpoint, *where, "--out", tmp_path / "out"]
+        return outcome(longbench, *usual, *flags, "--window", 32, "--device", "cpu")
 
     return run
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What generate.read is given: ids and a cache, in order."""
-    seen, read = [], generate.read
+    """What is read: ids and a cache, in order."""
+    seen = []
 
-    def spy(model, tokens, cache, chunk, **options):
+    def spy(model, tokens, cache, chunk):
         seen.append((tokens[0].tolist(), cache))
-        return read(model, tokens, cache, chunk, **options)
+        return generate.read(model, tokens, cache, chunk)
 
-    monkeypatch.setattr(generate, "read", spy)
+    monkeypatch.setattr(longbench, "read", spy)
     return seen
 
 
@@ -247,12 +246,9 @@ def test_punctuation_of_the_chinese_f1():
 
 
 def test_a_cut_keeps_the_first_and_the_last_half():
-    ids = list(range(10))
-    assert cut(ids, 10) == ids
-    assert cut(ids, 11) == ids
-    assert cut(ids, 9) == [0, 1, 2, 3, 6, 7, 8, 9]
-    assert cut(ids, 4) == [0, 1, 8, 9]
-    assert cut(ids, 2) == [0, 9]
+    kept = {10: [*range(10)], 11: [*range(10)], 9: [0, 1, 2, 3, 6, 7, 8, 9], 4: [0, 1, 8, 9]}
+    for room, expected in (kept | {2: [0, 9]}).items():
+        assert cut_middle(torch.arange(10), room).tolist() == expected
 
 
 def test_full_is_cut_and_bounded_caches_read_it_all(script, calls, checkpoint, tmp_path):
@@ -260,11 +256,11 @@ def test_full_is_cut_and_bounded_caches_read_it_all(script, calls, checkpoint, t
     assert ran.code == 0, ran.err
     tokenizer = load_tokenizer(checkpoint)
     text = PROMPTS["hotpotqa"].format(**RECORDS["hotpotqa"][1])
-    asked = [{"role": "user", "content": text}]
-    whole = [i for ids, _ in chat_tokens(tokenizer, asked) for i in ids]
+    [(whole, _)] = chat_tokens(tokenizer, [{"role": "user", "content": text}])
     half = (POSITIONS - LENGTHS["hotpotqa"]) // 2
     assert len(whole) > 2 * POSITIONS
-    full, freqkv, window = ([x for x, _ in calls[i : i + 3]] for i in (0, 3, 6))
+    ids = [ids for ids, _ in calls]
+    full, freqkv, window = ids[:3], ids[3:6], ids[6:]
     assert full[1] == whole[:half] + whole[-half:]
     assert full[0] == freqkv[0]  # what fits is not cut
     assert freqkv[1] == window[1] == whole
@@ -278,19 +274,22 @@ def test_full_is_cut_and_bounded_caches_read_it_all(script, calls, checkpoint, t
     assert cuts == {"full": 1, "freqkv": 0, "window": 0}
 
 
-@pytest.mark.parametrize("flag", ["--chat", "--no-chat"])
-def test_which_tasks_take_the_template(script, calls, checkpoint, flag):
+@pytest.mark.parametrize("flag", ["--chat", "--no-chat", "--no-bos"])
+def test_how_tasks_are_asked(script, calls, checkpoint, flag):
+    """In the template, but those published without; with the token of a beginning, or not."""
     assert script(flag, "--strategies", "freqkv", "--limit", "1").code == 0
     tokenizer = load_tokenizer(checkpoint)
     order = [task for task in TASKS if task in RECORDS]
     assert len(calls) == len(order)
     for task, (ids, _) in zip(order, calls, strict=True):
         text = PROMPTS[task].format(**RECORDS[task][0])
-        plain = tokenizer.encode(text)
-        asked = chat_tokens(tokenizer, [{"role": "user", "content": text}])
-        in_chat = flag == "--chat" and task not in ("trec", "lcc")
-        assert ids == (asked[0][0] if in_chat else plain), task
-        assert plain[0] == tokenizer.bos_id
+        expected = tokenizer.encode(text)
+        if flag != "--no-chat" and task not in ("trec", "lcc"):
+            [(expected, _)] = chat_tokens(tokenizer, [{"role": "user", "content": text}])
+        assert expected[0] == tokenizer.bos_id
+        if flag == "--no-bos":
+            expected = expected[1:]
+        assert ids == expected, task
 
 
 def test_predictions_are_greedy(script, checkpoint, tmp_path):
@@ -321,7 +320,7 @@ def test_an_answer_stops_at_the_end_of_the_turn(script, checkpoint, monkeypatch,
     tokenizer = load_tokenizer(checkpoint)
     said, never = tokenizer.encode("x", bos=False), tokenizer.encode("y", bos=False)
     steps = iter([*said, tokenizer.eos_id, *never])
-    monkeypatch.setattr(generate, "sample", lambda logits, **_: torch.tensor([next(steps)]))
+    monkeypatch.setattr(generate, "sample", lambda *_: torch.tensor([next(steps)]))
     assert script("--strategies", "freqkv", "--tasks", "hotpotqa", "--limit", "1").code == 0
     assert [x["prediction"] for x in predictions(tmp_path)] == [" x"]  # goes on from the prompt
     assert list(steps) == never
@@ -335,11 +334,14 @@ def test_scores_and_their_average(script, monkeypatch, tmp_path):
     says = {"0000": "keep", "0001": "it is x", "0002": "no", "0003": "Date or Other"}
     says |= {"0004": "北京大学", "0005": "Paragraph 30", "0006": "    return y"}
 
-    def answer(bench, strategy, record):
-        found = says[record.id] if strategy == "freqkv" else ""
-        return {"prediction": found, "tokens": 9, "read": 9}
+    def answer_all(model, tokenizer, strategies, records, journal, *_):
+        for strategy in strategies:
+            for record in records:
+                prediction = says[record.id] if strategy.name == "freqkv" else ""
+                made = {"prediction": prediction, "tokens": 9, "read": 9}
+                journal[record.key(strategy)] = made
 
-    monkeypatch.setattr(longbench, "answer", answer)
+    monkeypatch.setattr(longbench, "answer_all", answer_all)
     ran = script("--strategies", "freqkv,window", "--plot")
     assert ran.code == 0, ran.err
     scores = {task: x["score"] for (s, task), x in results(tmp_path).items() if s == "freqkv"}
@@ -369,23 +371,19 @@ def test_scores_and_their_average(script, monkeypatch, tmp_path):
 
 def test_the_picture():
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    scores = {"full": (10, 20), "freqkv": (30, 40)}
-    names = ("lcc", "average")
-    longbench.draw(
-        figure,
-        [
-            {"strategy": strategy, "task": task, "score": score}
-            for strategy, heights in scores.items()
-            for task, score in zip(names, heights, strict=True)
-        ],
-    )
-    (axes,) = figure.axes
-    assert [[bar.get_height() for bar in group] for group in axes.containers] == [
-        [10, 20],
-        [30, 40],
-    ]
-    edges = sorted((x.get_x(), x.get_x() + x.get_width()) for x in axes.patches)
-    assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(edges))  # none hidden
+    heights = {"full": [10, 20], "freqkv": [30, 40]}
+    results = []
+    for strategy, scores in heights.items():
+        for task, score in zip(("lcc", "average"), scores, strict=True):
+            results.append({"strategy": strategy, "task": task, "score": score})
+    longbench.draw_scores(figure, results)
+    [axes] = figure.axes
+    for group, (name, scores) in zip(axes.containers, heights.items(), strict=True):
+        assert group.get_label() == name
+        assert [bar.get_height() for bar in group] == scores
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    for one, two in pairwise(edges):
+        assert one[1] <= two[0] + 1e-9  # none hidden
     assert [x.get_text() for x in axes.get_xticklabels()] == ["lcc", "average"]
     assert len({(x[0].get_facecolor(), x[0].get_hatch()) for x in axes.containers}) == 2
 
@@ -408,6 +406,9 @@ def test_a_stopped_run_goes_on(script, calls, data, tmp_path):
     assert predictions(tmp_path) == before
     assert script(*flags, "--no-chat").code == 0
     assert len(calls) == 19 + 14
+    assert script(*flags, "--no-bos").code == 0
+    assert len(calls) == 33 + 14
+    del calls[33:]
     settings = data / "config/dataset2prompt.json"
     settings.write_text(json.dumps(PROMPTS | {"lcc": "{context}"}))
     assert script(*flags).code == 0
@@ -451,11 +452,9 @@ def fails(ran, says):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--tasks", "squad"], "--tasks: was 'squad', must be of hotpotqa, lcc, .*trec"),
+        (["--tasks", "squad"], "--tasks: was 'squad', must be of hotpotqa, multi.*lcc .in --data"),
         (["--tasks", "lcc,qasper"], "--tasks: was 'qasper', must be of hotpotqa"),
         (["--tasks", "lcc,"], "--tasks: was ''"),
-        (["--strategies", "half"], "--strategies: was 'half'"),
-        (["--limit", "-1"], "--limit: was '-1'"),
     ],
 )
 def test_bad_flags(script, calls, flags, says):
@@ -511,14 +510,14 @@ def test_missing_files(script, data, tmp_path):
     fails(script(), r"lcc\.jsonl: was without records, must have one")
     lengths = data / "config/dataset2maxlen.json"
     lengths.write_text(json.dumps(LENGTHS | {"trec": "many"}))
-    fails(script(), r"dataset2maxlen\.json: trec was 'many', must be a number of tokens")
+    fails(script(), r"config/dataset2maxlen\.json: trec was 'many', must be a number of tokens")
     for number in (-5, True, 1 << 40):
         lengths.write_text(json.dumps(LENGTHS | {"trec": number}))
         fails(script(), rf"dataset2maxlen\.json: trec was {number}, must be a number of tokens")
     lengths.unlink()
     fails(script(), r"--data: .*dataset2maxlen\.json was not there, must be, or in config")
     (data / "config/dataset2prompt.json").write_text("{}")
-    fails(script(), r"dataset2prompt\.json: hotpotqa was None, must be a text")
+    fails(script(), r"config/dataset2prompt\.json: hotpotqa was None, must be a text")
 
 
 def test_prompts_with_other_fields(script, data):
@@ -556,9 +555,9 @@ def test_an_answer_longer_than_the_positions(script, data):
 
 
 def test_a_family_without_a_template(script, monkeypatch):
-    def none(tokenizer, messages):
+    def refuse(tokenizer, messages):
         raise ValueError("tokenizer: was of an unknown family, must be ChatML")
 
-    monkeypatch.setattr(longbench, "chat_tokens", none)
+    monkeypatch.setattr(generate, "chat_tokens", refuse)
     fails(script(), "--chat: tokenizer: was of an unknown family.*--no-chat takes prompts as")
     assert script("--no-chat", "--limit", "1", "--strategies", "window").code == 0

@@ -3,10 +3,12 @@
 Run: pytest tests/test_model.py
 """
 
+import math
 from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     DATA,
     cuts,
@@ -282,11 +284,41 @@ class OnlyMeta(TorchFunctionMode):
 def test_nothing_leaves_the_device(make):
     with torch.device("meta"):
         model, tokens = Llama(tiny_config()), torch.zeros(2, 50, dtype=torch.long)
-    model(tokens, make())  # makes the tables, on the CPU first
     attend = make()
-    with OnlyMeta():
+    with torch.no_grad():
+        model(tokens, make())  # makes the tables, on the CPU first
+    with OnlyMeta(), torch.no_grad():
         assert model(tokens, attend).shape == (2, 50, 50)
         assert model(tokens[:, :1], attend).is_meta
+
+
+# Weights to train from
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fresh_model_knows_nothing_yet(tied):
+    """Its loss is that of guessing, ln V, and every part of it learns at once."""
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=1000, hidden_size=64, head_dim=16, tie_word_embeddings=tied)
+    model = Llama(config)
+    tokens = random_tokens(4, 33, vocab_size=1000)
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.02)
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_weights_begin_as_wide_as_they_should():
+    torch.manual_seed(0)
+    model = Llama(tiny_config(hidden_size=128, head_dim=32, num_hidden_layers=3))
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
+            width = 0.02 / math.sqrt(6) if narrow else 0.02
+            assert weight.std().item() == pytest.approx(width, rel=0.1)
+            assert abs(weight.mean().item()) < 0.1 * width
 
 
 # What is refused

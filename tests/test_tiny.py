@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 
-import evaluate
 import generate
-from evaluation.harness import held_out
+from experiments import ablation, perplexity, recall, spectrum
+from experiments.harness import read_held_out
 from freqkv import FreqKVCache, FreqKVConfig
 from model import FullCache
 from tests.helpers import ROOT
@@ -57,10 +57,11 @@ def test_it_has_learnt_python(tiny):
 
 def test_it_writes_what_it_always_wrote(tiny):
     model, tokenizer = tiny
+    greedy = generate.Sampling(temperature=0)
     for cache in (FullCache(64), FreqKVCache(FreqKVConfig(256))):
         tokens = torch.tensor([tokenizer.encode("import os\nimport sys\n\n\ndef main(")])
         logits = generate.read(model, tokens, cache, 64)
-        ids = [row[0] for row in generate.write(model, logits, cache, (), 24, temperature=0)]
+        ids = [row[0] for row in generate.write(model, logits, cache, (), 24, greedy)]
         assert tokenizer.decode(ids) == WRITTEN
 
 
@@ -74,22 +75,19 @@ def test_generate_without_arguments(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_evaluate_runs_on_it(tmp_path, capsys):
-    flags = ["--limit", "1", "--out", str(tmp_path), "--strategies", "full,freqkv,window"]
-    evaluate.main(["perplexity", *flags, "--lengths", "256,1024"])
-    of = {
-        (r["strategy"], r["length"]): r
-        for r in json.loads((tmp_path / "perplexity.json").read_text())
-    }
-    assert of["freqkv", 1024]["perplexity"] < of["full", 1024]["perplexity"]
-    for measurement, *more in (
-        ("ablate", "--ratios", "0.5", "--sink-counts", "4", "--recents", "0,64"),
-        ("recall", "--tasks", "assignment"),
-        ("spectrum",),
-    ):
-        evaluate.main([measurement, *flags, *more])
-        assert (tmp_path / f"{measurement}.json").exists()
+def test_it_is_what_experiments_measure(tmp_path):
+    flags = ["--limit", "1", "--out", str(tmp_path)]
+    perplexity.main([*flags, "--lengths", "256,1024"])
+    values = {}
+    for record in json.loads((tmp_path / "perplexity.json").read_text()):
+        values[record["strategy"], record["length"]] = record["perplexity"]
+    assert values["freqkv", 1024] < values["full", 1024]
+    ablation.main([*flags, "--ratios", "0.5", "--sink-counts", "4", "--recents", "0,64"])
+    recall.main([*flags, "--tasks", "assignment"])
+    spectrum.main(flags)
+    for name in ("ablation", "recall", "spectrum"):
+        assert (tmp_path / f"{name}.json").exists()
 
 
 def test_held_out_source_is_there():
-    assert len(held_out(load_tokenizer("tiny"))) > 20_000
+    assert len(read_held_out(load_tokenizer("tiny"))) > 20_000

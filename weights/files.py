@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,26 @@ from typing import Any
 from safetensors import SafetensorError
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, the same from every system: lines end in LF, and no BOM comes first."""
+    return decode_text(path.read_bytes(), str(path))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Bytes as `read_text` reads them; ValueError, with `name`, for the first that is no UTF-8."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: was not UTF-8 at byte {error.start}, must be text") from None
+    text = text.removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n")
+    return text.replace("\r", "\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError names the file where it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: was not there, must be a JSON file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
@@ -21,6 +37,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: was a JSON {type(content).__name__}, must be an object")
     return content
+
+
+def whole_number(content: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number above 0 out of a configuration; `default`, if any, for none or null."""
+    value = content.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{name!r} was missing, must be given")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: was {value!r}, must be a whole number, 1 or more")
+    return value
+
+
+@contextmanager
+def name_file(path: Path, part: str = "") -> Iterator[None]:
+    """Whatever is wrong in the content of a file is a ValueError that names it, and the part."""
+    start = f"{path}: {part}: " if part else f"{path}: "
+    try:
+        yield
+    except KeyError as missing:
+        raise ValueError(f"{start}{missing} was missing, must be given") from None
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{start}{error}") from None
 
 
 @contextmanager
@@ -36,36 +76,55 @@ def damaged(path: Path, must: str) -> Iterator[None]:
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     """Write JSON into a file, whole or not at all."""
+    write_beside(path, make_json_writer(content))
+
+
+def make_json_writer(content: Mapping[str, Any] | list[Any]) -> Callable[[Path], object]:
+    """A function that writes JSON into a file; what is no JSON fails here, before any writing."""
     text = json.dumps(content, indent=2) + "\n"
-    write_beside(path, lambda to: to.write_text(text, encoding="utf-8"))
+    return lambda to: to.write_text(text, encoding="utf-8")
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a temporary file beside `path`, and rename it: all of it, or nothing."""
-    beside = _beside(path)
+    """Have `write` make a temporary file beside `path`, and rename it: all of it, or nothing.
+
+    A link at `path` is replaced, and the file that it names stays as it was: in a cache of
+    downloads that file is the only good copy.
+    """
+    write_together({path: write})
+
+
+def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write files that belong together as `write_beside` does; rename them once all are written."""
+    mask = os.umask(0)  # to read the mask is to set it
+    os.umask(mask)
     try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # safetensors makes files that nobody else can read
-        beside.replace(path.resolve())
+        for path, write in writers.items():
+            temporary = _temporary(path)
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~mask)  # safetensors makes files that nobody else can read
+        for path in writers:
+            _temporary(path).replace(path)
     except SafetensorError as error:
         raise OSError(f"{path}: was not written ({error}), must be on a disk with room") from None
     finally:
-        beside.unlink(missing_ok=True)
+        for path in writers:
+            _temporary(path).unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
     """OSError unless `write_beside` can make its file, found out before work is done for it."""
+    temporary = _temporary(path)
     try:
-        _beside(path).touch()
-        _beside(path).unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}), must be writable") from None
 
 
-def _beside(path: Path) -> Path:
-    path = path.resolve()  # through a link, to the file that it names
+def _temporary(path: Path) -> Path:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: was a folder, must be a file")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

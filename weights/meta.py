@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from model import LlamaConfig, RopeScaling
-from weights.files import read_json
+from weights.files import name_file, read_json, whole_number
 
+PARAMS = "params.json"
 # Meta's name -> (ours, the dimension that ranks split; None: every rank has all of it)
 NAMES: dict[str, tuple[str, int | None]] = {
     "norm": ("norm", None),
@@ -30,6 +31,33 @@ NAMES: dict[str, tuple[str, int | None]] = {
     "attention_norm": ("input_layernorm", None),
     "ffn_norm": ("post_attention_layernorm", None),
 }
+# Keys of params.json that are read, or change nothing here: the width of the feed-forward layer,
+# which some of them imply, is that of its tensors.
+KNOWN = (
+    "dim",
+    "ffn_dim_multiplier",
+    "head_dim",
+    "hidden_dim",
+    "max_batch_size",
+    "max_seq_len",
+    "multiple_of",
+    "n_heads",
+    "n_kv_heads",
+    "n_layers",
+    "norm_eps",
+    "rope_scaling_factor",
+    "rope_theta",
+    "use_scaled_rope",
+    "vocab_size",
+)
+# What Meta's code has where a model sees no pictures.
+NEUTRAL = {
+    "vision_chunk_size": -1,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": -1,
+}
+# Tokens that the families were trained on, which params.json does not say but by its rope_theta.
+POSITIONS = {10000.0: 4096, 500000.0: 8192, 1000000.0: 16384}  # Llama 2, Llama 3, Code Llama
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
@@ -39,88 +67,129 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint of this layout."""
+    return (folder / PARAMS).exists() and any(folder.glob("consolidated.*.pth"))
+
+
 def read(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
     """Configuration and tensors of a release, by the names of `model.Llama`."""
-    params = read_json(folder / "params.json")
+    params = read_json(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"{folder}: was without weights, must hold consolidated.*.pth")
     for rank in range(len(files)):
-        if not (expected := folder / f"consolidated.{rank:02d}.pth").exists():
-            raise FileNotFoundError(f"{expected}: was not there, must be one of {len(files)} ranks")
-    shards = [_load(file) for file in files]
-    try:
-        config = _config(params, shards)
-    except KeyError as missing:
-        raise ValueError(f"{folder}: {missing} was missing, must be given") from None
-    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise ValueError(f"{folder / 'params.json'}, or its tensors: {error}") from None
-    return config, _tensors(folder, config, shards)
+        file = folder / f"consolidated.{rank:02d}.pth"
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: was not there, must be one of {len(files)} ranks")
+    ranks = [_load_rank(file) for file in files]
+    with name_file(folder):
+        vocab, width = _measure(ranks)
+    with name_file(folder / PARAMS):
+        config = _read_config(params, vocab, width)
+    return config, _read_tensors(folder, config, ranks)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load_rank(file: Path) -> dict[str, Tensor]:
+    """The tensors of one rank, mapped from its file."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever torch meets in a broken zip or pickle
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"{file}: was not whole ({reason}), must be a .pth of tensors") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
-        for name, x in content.items()
-    ):
+    if not isinstance(content, dict):
         raise ValueError(f"{file}: was a {type(content).__name__}, must be tensors by name")
+    for name, value in content.items():
+        plain = isinstance(value, Tensor) and value.layout == torch.strided
+        if not isinstance(name, str) or not plain:
+            raise ValueError(f"{file}: {name!r} was no plain tensor, must be tensors by name")
     return content
 
 
-def _config(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> LlamaConfig:
-    dim, heads = params["dim"], params["n_heads"]
-    theta = float(params.get("rope_theta", 10000.0))
-    scaling, positions = None, 4096 if theta == 10000.0 else 8192  # Llama 2; Llama 3
-    if params.get("use_scaled_rope"):  # Llama 3.1 and later
-        scaling = RopeScaling("llama3", float(params.get("rope_scaling_factor", 8)))
-        positions = 131072
-    rows = [shard["tok_embeddings.weight"].shape for shard in shards]
-    vocab = sum(row[0] for row in rows) if rows[0][1] == dim else rows[0][0]
-    if params.get("vocab_size", -1) not in (-1, vocab):
-        raise ValueError(f"vocab_size: was {params['vocab_size']}, must be {vocab}, as the tensors")
+def _measure(ranks: list[dict[str, Tensor]]) -> tuple[int, int]:
+    """Size of the vocabulary, and width of the feed-forward layer, by the tensors of all ranks."""
+    vocab = len(ranks[0]["tok_embeddings.weight"])
+    if _splits_rows(ranks[0]):
+        vocab = sum(len(rank["tok_embeddings.weight"]) for rank in ranks)
+    width = sum(len(rank["layers.0.feed_forward.w1.weight"]) for rank in ranks)
+    return vocab, width
+
+
+def _splits_rows(rank: dict[str, Tensor]) -> bool:
+    """Whether ranks share out the embedding's rows, as for Llama 3, or columns, as for Llama 2."""
+    return rank["tok_embeddings.weight"].shape[-1] == len(rank["norm.weight"])
+
+
+def _read_config(params: dict[str, Any], vocab: int, width: int) -> LlamaConfig:
+    for name, value in params.items():
+        if name not in KNOWN and value not in (None, False, NEUTRAL.get(name)):
+            raise ValueError(f"{name}: was {value!r}, must be null: this LLaMA has no such thing")
+    dim = whole_number(params, "dim")
+    heads = whole_number(params, "n_heads")
+    layers = whole_number(params, "n_layers")
+    for name, size in (("vocab_size", vocab), ("hidden_dim", width)):
+        if params.get(name) not in (None, -1, size):
+            raise ValueError(f"{name}: was {params[name]!r}, must be {size}, as the tensors")
+    scaling = _read_scaling(params, dim, layers)
+    theta = params.get("rope_theta")
+    if theta is None:
+        theta = 10000.0 if scaling is None else 500000.0
+    positions = POSITIONS.get(theta, 8192) if scaling is None else 131072
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=dim,
-        intermediate_size=sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards),
-        num_hidden_layers=params["n_layers"],
+        intermediate_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=params.get("n_kv_heads") or heads,
-        head_dim=dim // heads,
-        max_position_embeddings=params.get("max_seq_len", positions),
+        num_key_value_heads=whole_number(params, "n_kv_heads", heads),
+        head_dim=whole_number(params, "head_dim", dim // heads),
+        max_position_embeddings=whole_number(params, "max_seq_len", positions),
         rms_norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=theta,
+        rope_theta=float(theta),
         rope_scaling=scaling,
     )
 
 
-def _tensors(
-    folder: Path, config: LlamaConfig, shards: list[dict[str, Tensor]]
+def _read_scaling(params: dict[str, Any], dim: int, layers: int) -> RopeScaling | None:
+    """The RoPE scaling of Llama 3.1 and later."""
+    scaled = params.get("use_scaled_rope") or False
+    if not isinstance(scaled, bool):
+        raise ValueError(f"use_scaled_rope: was {scaled!r}, must be true or false")
+    if not scaled:
+        return None
+    factor = params.get("rope_scaling_factor")
+    if factor is None:
+        factor = 8.0
+        if (dim, layers) in ((2048, 16), (3072, 28)):  # Llama 3.2 1B and 3B do not say theirs
+            factor = 32.0
+    return RopeScaling("llama3", float(factor))
+
+
+def _read_tensors(
+    folder: Path, config: LlamaConfig, ranks: list[dict[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
-    for full_name in shards[0]:
+    for full_name in ranks[0]:
         if full_name == "rope.freqs":
             continue  # a table that Rope makes
         match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.weight", full_name)
         layer, name = match.groups() if match else ("", full_name)
         if name == "tok_embeddings":
-            # Llama 2 splits its columns among the ranks, Llama 3 its rows.
-            whole = shards[0][full_name].shape[-1] == config.hidden_size
-            ours, dim = "embed_tokens", 0 if whole else 1
+            ours = "embed_tokens"
+            dim = 0 if _splits_rows(ranks[0]) else 1
         elif name in NAMES:
             ours, dim = NAMES[name]
         else:
             raise ValueError(f"{folder}: tensor {full_name} was unexpected, must not be in a LLaMA")
+        for rank in ranks:
+            if full_name not in rank:
+                raise ValueError(f"{folder}: tensor {full_name} was missing in a rank")
+        tensor = ranks[0][full_name]
         try:
-            parts = [shard[full_name] for shard in shards]
-            tensor = parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
-            tensor = half_split(tensor, heads[name]) if name in heads else tensor
-        except KeyError:
-            raise ValueError(f"{folder}: tensor {full_name} was missing in a rank") from None
+            if dim is not None and len(ranks) > 1:
+                tensor = torch.cat([rank[full_name] for rank in ranks], dim)
+            if name in heads:
+                tensor = half_split(tensor, heads[name])
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{folder}: tensor {full_name} was misshapen: {error}") from None
         yield f"{layer}{ours}.weight", tensor

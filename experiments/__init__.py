@@ -1,0 +1,1 @@
+"""What measures: each module has a main(), and runs as `python -m experiments.NAME`."""

@@ -1,0 +1,247 @@
+"""What a measurement leaves: a journal while it runs; then tables, JSON and CSV, and pictures.
+
+There is one way to make each of them, and it is here.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from weights.files import check_writable, write_beside, write_json
+
+Record = dict[str, Any]
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+
+# Line, marker and grey of the first curve, the second, ...: told apart in black and white.
+LOOKS = [
+    ("-", "o", "0"),
+    ("--", "s", "0.25"),
+    (":", "^", "0.4"),
+    ("-.", "v", "0.5"),
+    ((0, (5, 1)), "D", "0.15"),
+    ((0, (1, 3)), "x", "0.6"),
+]
+
+
+# The folder, and what is in it
+
+
+def open_folder(out: Path | None, name: str, model: str) -> Path:
+    """The folder for results, made if it is new: `out`, else runs/NAME-MODEL.
+
+    OSError, before any work is done, where results could not go there.
+    """
+    if out is None:
+        stem = Path(model).resolve().name.removesuffix(".gguf")
+        out = Path("runs") / f"{name}-{stem}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out: {out}: {error.strerror}, must be a folder, or new") from None
+    check_writable(out / "settings.json")
+    return out
+
+
+class Journal:
+    """What has been measured so far, a JSON line each, so that a stopped run goes on from there.
+
+    `about` is what all values depend on, a key what else one depends on. A line that a kill cut
+    short is measured again. ValueError for a file that holds anything else.
+    """
+
+    def __init__(self, path: Path, about: object) -> None:
+        self.path = path
+        self.about = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+        self.known: dict[str, Any] = {}
+        with path.open("ab+") as file:  # so that one that cannot be written is told now
+            file.seek(0)
+            lines = file.read().split(b"\n")
+            cut = lines.pop()  # nothing, after a whole line
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    self.known[record["key"]] = record["value"]
+                except (ValueError, KeyError, TypeError):
+                    was = f"{path}: line {number} was {line[:20]!r}"
+                    raise ValueError(f"{was}, must be a record; move the file away") from None
+            if cut:
+                file.truncate(file.tell() - len(cut))
+
+    def __contains__(self, key: object) -> bool:
+        return self._name(key) in self.known
+
+    def __getitem__(self, key: object) -> Any:
+        return self.known[self._name(key)]
+
+    def __setitem__(self, key: object, value: Any) -> None:
+        name = self._name(key)
+        self.known[name] = value
+        with self.path.open("a") as file:
+            file.write(json.dumps({"key": name, "value": value}) + "\n")
+
+    def _name(self, key: object) -> str:
+        return f"{self.about} {key}"
+
+
+def write_results(
+    folder: Path, name: str, records: Sequence[Record], settings: dict[str, Any]
+) -> None:
+    """Write records to NAME.json and NAME.csv, and what made them to NAME.settings.json."""
+    write_json(folder / f"{name}.json", list(records))
+    text = format_csv(records)
+    write_beside(folder / f"{name}.csv", lambda to: to.write_text(text, encoding="utf-8"))
+    plain = {}
+    for key, value in settings.items():
+        plain[key] = str(value) if isinstance(value, Path) else value
+    program = f"experiments.{Path(sys.argv[0]).stem}"
+    about = {
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "settings": plain,
+    }
+    write_json(folder / f"{name}.settings.json", about)
+    print(f"{folder / name}.json, .csv and .settings.json")
+
+
+def format_csv(records: Sequence[Record]) -> str:
+    """Records as CSV, a column for each field; an interval, a pair or None, makes two columns."""
+    rows = []
+    names: dict[str, None] = {}  # in the order in which they first come
+    for record in records:
+        row = dict(record)
+        if "ci95" in row:
+            low, high = row.pop("ci95") or (None, None)
+            row["ci95_low"] = low
+            row["ci95_high"] = high
+        rows.append(row)
+        names |= dict.fromkeys(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(names))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# Figures
+
+
+def mean_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Mean loss a token of texts (sum, count), and half its 95 % interval over the texts.
+
+    The ratio estimator with Student's t: texts are drawn at random, and the tokens within one are
+    alike. A single text has no interval: None.
+    """
+    total = sum(counts)
+    n = len(sums)
+    mean = sum(sums) / total
+    if n == 1:
+        return mean, None
+    spread = 0.0
+    for loss, count in zip(sums, counts, strict=True):
+        spread += (loss - mean * count) ** 2
+    return mean, student_t(n - 1) * math.sqrt(n / (n - 1) * spread) / total
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: with t = sqrt(f) tan(u), the density is cos(u)^(f-1)."""
+    u = (np.arange(200_000) + 0.5) / 200_000 * math.pi - math.pi / 2
+    share = np.cumsum(np.cos(u) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(u[np.searchsorted(share, 0.975 * share[-1])])
+
+
+def group_by_strategy(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each strategy, in the order in which they come."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["strategy"], []).append(record)
+    return groups
+
+
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns of text, the first at the left and the others at the right."""
+    lines = [head, *rows]
+    widths = [0] * len(head)
+    for line in lines:
+        for column, cell in enumerate(line):
+            widths[column] = max(widths[column], len(cell))
+    texts = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        for cell, width in zip(line[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        texts.append("  ".join(cells))
+    return "\n".join(texts)
+
+
+# Pictures
+
+
+def check_plots() -> None:
+    """ImportError, with advice, where matplotlib is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ImportError("--plot: matplotlib was not found: pip install matplotlib") from None
+
+
+def draw_picture(path: Path, draw: Callable[..., None], *about: Any) -> None:
+    """Have `draw(figure, *about)` draw on a matplotlib figure of 7 by 4.2 inches, and write it.
+
+    It may make the figure larger.
+    """
+    check_plots()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    draw(figure, *about)
+    write_beside(path, lambda to: figure.savefig(to, dpi=150, format="png"))
+    print(f"drawn: {path}")
+
+
+def draw_curves(axes: Any, curves: dict[str, Curve]) -> None:
+    """Draw named curves that differ in line, marker and grey; from the seventh on, hollow."""
+    for number, (name, (x, y)) in enumerate(curves.items()):
+        line, marker, grey = LOOKS[number % len(LOOKS)]
+        hollow = number // len(LOOKS) % 2 == 1
+        axes.plot(
+            x, y, label=name, linestyle=line, marker=marker, color=grey, markersize=4,
+            fillstyle="none" if hollow else "full", markevery=max(1, len(x) // 20),
+        )  # fmt: skip
+    axes.grid(color="0.9")
+
+
+def add_legend(figure: Any) -> None:
+    """Name the curves of the first panel, which are those of all, beside the figure."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper")
+
+
+def mark_tokens(axes: Any, places: Sequence[int]) -> None:
+    """Make x a logarithmic axis of tokens, marked at `places` and nowhere between."""
+    axes.set_xscale("log")
+    axes.set_xticks(places, places, rotation=45)
+    axes.minorticks_off()
+
+
+def cut_high(axes: Any, values: Sequence[float]) -> str:
+    """End y at twice the median where some values are far above; words that say so."""
+    top = 2 * float(np.median(values))
+    highest = max(values)
+    if highest <= top:
+        return ""
+    axes.set_ylim(0.9 * min(values), top)
+    return f"cut off at {top:.3g}; the highest is {highest:.3g}"
