@@ -201,9 +201,11 @@ def write_release(folder, dim, layers, **params):
         ({"vocab_size": 4}, "vocab_size: was 4, must be 3"),
         ({"n_kv_heads": 0}, "n_kv_heads: was 0"),
         ({"n_heads": 2.0}, r"n_heads: was 2\.0"),
-        ({"rope_theta": "x"}, "x"),
+        ({"rope_theta": "x"}, "rope_theta: was 'x'"),
+        ({"rope_theta": None}, "rope_theta: was None"),
+        ({"rope_scaling_factor": 0, "use_scaled_rope": True}, "rope_scaling_factor: was 0"),
         ({"use_scaled_rope": "false"}, "use_scaled_rope: was 'false'"),
-        ({"norm_eps": None}, "rms_norm_eps: was None"),
+        ({"norm_eps": True}, "norm_eps: was True"),
     ],
 )
 def test_params_that_ask_for_something_else_are_refused_by_name(tmp_path, changes, says):
@@ -350,6 +352,14 @@ def test_shards(folder):
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
     with pytest.raises(ValueError, match="was there twice"):
         load_model(folder)
+
+
+def test_tables_that_old_checkpoints_store_are_passed_over(folder):
+    """transformers wrote RoPE's frequencies beside the weights until 2023."""
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    edit_tensors(folder / "model.safetensors", lambda c: c.update(table))
+    tokens = random_tokens(1, 20)
+    assert_close(logits(load_model(folder), tokens), logits(tiny_model(), tokens), atol=0, rtol=0)
 
 
 def edit_tensors(path, change):
@@ -576,6 +586,11 @@ def test_config_is_read_as_transformers_reads_it(tmp_path, changes):
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters: was"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' was missing"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' was missing"),
+        ({"layer_types": "full_attention"}, "layer_types: was 'full_attention', must be a list"),
+        ({"rope_scaling": STRETCH | {"low_freq_factor": "1"}}, "low_freq_factor: was '1'"),
+        ({"original_max_position_embeddings": None, "rope_scaling": STRETCH}, "'original_max_p"),
+        ({"rope_theta": 10**30}, r"rope_theta: was 1e\+30"),
+        ({"original_max_position_embeddings": 1 << 31, "rope_scaling": STRETCH}, "was 2147483648"),
         ({"rope_theta": None}, "rope_theta: was None"),
         ({"rope_theta": "10000"}, "rope_theta: was '10000'"),
         ({"head_dim": 0}, "head_dim: was 0"),
@@ -1127,6 +1142,14 @@ def test_a_broken_split_gguf_names_its_parts(tmp_path):
     for place in (first, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"m-00002-of-00002\.gguf: was not there"):
             load_model(place)
+
+
+def test_a_tensor_in_two_parts_is_refused(tmp_path):
+    for number in (0, 1):
+        path = tmp_path / f"m-{number + 1:05d}-of-00002.gguf"
+        write_gguf(path, tiny_model(), **{"split.no": number, "split.count": 2})
+    with pytest.raises(ValueError, match=r"00002-of-00002\.gguf: tensor \S+ was there twice"):
+        load_model(tmp_path)
 
 
 def test_gguf_fields_are_what_the_package_reads(tmp_path):

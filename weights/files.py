@@ -46,9 +46,19 @@ def whole_number(content: dict[str, Any], name: str, default: int | None = None)
         value = default
     if value is None:
         raise ValueError(f"{name!r} was missing, must be given")
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}: was {value!r}, must be a whole number, 1 or more")
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{name}: was {value!r}, must be a whole number, 1 to 2^31 - 1")
     return value
+
+
+def positive_number(content: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A number above 0 out of a configuration; `default`, if any, where it has no such key."""
+    if name not in content and default is not None:
+        return default
+    value = content[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise ValueError(f"{name}: was {value!r}, must be a number above 0")
+    return float(value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import LlamaConfig, Rope, RopeScaling
-from weights.files import name_file, whole_number
+from weights.files import name_file, positive_number, whole_number
 from weights.meta import half_split
 
 NAMES = {
@@ -166,7 +166,7 @@ def _read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> LlamaConfig
     scale = fields.get("llama.attention.scale", 0.0)  # 0: as usual
     if scale != 0 and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
         raise ValueError(f"llama.attention.scale: was {scale!r}, must be 1 / sqrt({head_dim})")
-    theta = float(fields.get("llama.rope.freq_base", 10000.0))
+    theta = positive_number(fields, "llama.rope.freq_base", 10000.0)
     return LlamaConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[-1]),
         hidden_size=hidden,
@@ -176,7 +176,7 @@ def _read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> LlamaConfig
         num_key_value_heads=whole_number(fields, "llama.attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=whole_number(fields, "llama.context_length"),
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        rms_norm_eps=positive_number(fields, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=_read_scaling(fields, tensors, head_dim, theta),
         tie_word_embeddings="output.weight" not in tensors,

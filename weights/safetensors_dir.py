@@ -16,7 +16,14 @@ from torch import Tensor
 
 from model import Llama, LlamaConfig, RopeScaling
 from weights.blank import blank_model
-from weights.files import name_file, read_json, whole_number, write_beside, write_json
+from weights.files import (
+    name_file,
+    positive_number,
+    read_json,
+    whole_number,
+    write_beside,
+    write_json,
+)
 from weights.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -133,7 +140,7 @@ def read_config(path: Path) -> LlamaConfig:
             num_key_value_heads=whole_number(content, "num_key_value_heads", heads),
             head_dim=whole_number(content, "head_dim", hidden // heads),
             max_position_embeddings=whole_number(content, "max_position_embeddings"),
-            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=positive_number(content, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=tied,
@@ -152,7 +159,10 @@ def _check_fixed(content: dict[str, Any]) -> None:
         if isinstance(quantization, dict):
             method = quantization.get("quant_method")
         raise ValueError(f"quantization_config: was {method!r}, must not be there: plain floats")
-    for layer_type in content.get("layer_types") or []:
+    layer_types = content.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"layer_types: was {layer_types!r}, must be a list")
+    for layer_type in layer_types:
         if layer_type not in ("full_attention", "attention"):
             raise ValueError(f"layer_types: was {layer_type!r}, must be 'full_attention'")
 
@@ -170,21 +180,26 @@ def _read_rope(content: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     share = rope.get("partial_rotary_factor", content.get("partial_rotary_factor"))
     if share not in (None, 1):
         raise ValueError(f"partial_rotary_factor: was {share!r}, must be 1")
-    theta = rope.get("rope_theta", content.get("rope_theta", 10000.0))
+    theta = positive_number(rope if "rope_theta" in rope else content, "rope_theta", 10000.0)
     if "factor" in rope and "rope_type" not in rope and "type" not in rope:
         raise ValueError(f"{name}: rope_type was missing, must be given with a factor")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
+    factor = positive_number(rope, "factor")
     if rope_type != "llama3":
-        return theta, RopeScaling(rope_type, rope["factor"])
-    positions = rope.get("original_max_position_embeddings", content["max_position_embeddings"])
+        return theta, RopeScaling(rope_type, factor)
+    positions = whole_number(content, "max_position_embeddings")
+    for place in (content, rope):
+        if "original_max_position_embeddings" in place:
+            positions = whole_number(place, "original_max_position_embeddings")
+            break
     return theta, RopeScaling(
         "llama3",
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position_embeddings=content.get("original_max_position_embeddings", positions),
+        factor,
+        low_freq_factor=positive_number(rope, "low_freq_factor"),
+        high_freq_factor=positive_number(rope, "high_freq_factor"),
+        original_max_position_embeddings=positions,
     )
 
 
