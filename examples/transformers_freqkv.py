@@ -303,14 +303,14 @@ def time_token(read: Callable[[Tensor], Any], tokens: int) -> float:
     return 1000 * statistics.median(times)
 
 
-def main() -> None:
+def main(lengths: tuple[int, ...] = (4096, 16384)) -> None:
     import weights  # for SmolLM2, and for the same weights in model.py
 
     path = weights.find("smollm2")
     host = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
     own = weights.load_model("smollm2")
     config = FreqKVConfig(window=2048)
-    for tokens in (4096, 16384):
+    for tokens in lengths:
         full = DynamicCache()
         ms = time_token(partial(host, **{CACHE: full}), tokens)
         size = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)

@@ -135,7 +135,7 @@ def test_a_call_without_a_cache_begins_one_and_returns_it(attached):
     with torch.no_grad():
         whole = attached(tokens, use_cache=False).logits
         first = attached(tokens[:, :30])
-        second = attached(tokens[:, 30:], past_key_values=first[CACHE])  # the older name does too
+        second = attached(tokens[:, 30:], **{CACHE: first[CACHE]})
     close(torch.cat((first.logits, second.logits), dim=1), whole)
     assert first[CACHE] is second[CACHE]
 
@@ -204,14 +204,16 @@ def test_a_second_turn_with_the_cache_that_the_first_returned(attached):
     assert first[CACHE].get_seq_length() == second.shape[1] - 1
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # a name given twice
 def test_two_conversations_take_turns(attached):
+    """By either name of the argument: past_key_values is the older one."""
     own = make_own(attached)
-    conversations = [Conversation(CONFIG), Conversation(CONFIG)]
+    arguments = [{CACHE: Conversation(CONFIG)}, {"past_key_values": Conversation(CONFIG)}]
     texts = [random_tokens(1, 20), random_tokens(1, 27, seed=1)]
     for turn in range(3):
         for i in range(2):
             tokens = torch.cat((texts[i], random_tokens(1, 5 + i, seed=turn)), dim=1)
-            texts[i] = attached.generate(tokens, max_new_tokens=6, **{CACHE: conversations[i]})
+            texts[i] = attached.generate(tokens, max_new_tokens=6, **arguments[i])
             check_greedy(own, texts[i], tokens.shape[1])
 
 
@@ -407,6 +409,19 @@ def test_smollm2_through_both_loaders():
     conversation = Conversation(config)
     close(read(host, tokens, conversation, range(100, tokens.shape[1], 100)), expected, atol=1e-2)
     assert conversation.freqkv.rounds > 3
+
+
+@pytest.mark.slow
+def test_time_and_memory_of_a_token(capsys):
+    smollm2_path()
+    example.main((600,))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "600 tokens, transformers",
+        "600 tokens, with FreqKV",
+        "600 tokens, model.py with FreqKV",
+    ]
+    assert lines[0].endswith(" MB")
 
 
 # One's own
