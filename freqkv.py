@@ -332,7 +332,8 @@ class FreqKVCache:
             if not sizes_fit or x.dtype != slots.dtype or x.device != slots.device:
                 raise ValueError(
                     f"{name}: was {tuple(x.shape)} {x.dtype} on {x.device}, must fit the slots, "
-                    f"{tuple(slots.shape)} {slots.dtype} on {slots.device}; reset() for a new batch"
+                    f"{tuple(slots.shape)} {slots.dtype} on {slots.device} ([B, K, N, D], heads "
+                    "before time); reset() for a new batch"
                 )
 
     def _check_order(self, layer: int, time: int) -> None:
