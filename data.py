@@ -406,7 +406,10 @@ def make_row(segments: Sequence[tuple[list[int], bool]], seq_len: int) -> Row:
 
 
 def train_tokenizer(files: Sequence[Path], size: int) -> bytes:
-    """A sentencepiece BPE model of `size` tokens; decoding gives every text back as it was."""
+    """A sentencepiece BPE model of `size` tokens; decoding gives every text back as it was.
+
+    But for one character, U+2581: sentencepiece has it stand for a space.
+    """
     from sentencepiece import SentencePieceTrainer
 
     out = io.BytesIO()

@@ -496,7 +496,7 @@ class Checkpoints:
     def save(
         self, step: int, weights: dict[str, Tensor], state: dict[str, Any], record: dict[str, Any]
     ) -> None:
-        """Trained weights, the state of the optimizer and of random numbers, and a JSON record."""
+        """Write trained weights, the state of the optimizer, and a JSON record."""
         beside = self.folder / f".tmp-{step}"
         try:
             beside.mkdir()
@@ -521,7 +521,7 @@ class Checkpoints:
         with damaged(folder, "whole, or removed, to go on from the one before"):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             record = read_json(folder / "record.json")
-            missing = {"optimizer", "random", "step", "best"} - {*state, *record}
+            missing = {"optimizer", "step", "best"} - {*state, *record}
             if missing:
                 raise ValueError(f"without {min(missing)}")
             return load_file(folder / "weights.safetensors"), state, record
@@ -664,7 +664,7 @@ class Trainer:
             weights = {}
             for name, parameter in self.trained.items():
                 weights[name] = parameter.detach().cpu().contiguous()
-            state = {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+            state = {"optimizer": self.optimizer.state_dict()}
             record = {"step": self.step, "best": self.best, "settings": asdict(self.settings)}
             self.checkpoints.save(self.step, weights, state, record)
         write_json(self.out / "best.json", self.best)
@@ -682,7 +682,6 @@ class Trainer:
             for name, parameter in self.trained.items():
                 parameter.data.copy_(weights[name])
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"])
             self.step = record["step"]
             self.best = record["best"]
         lines = ""

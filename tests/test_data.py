@@ -404,7 +404,7 @@ def test_bad_records_are_named(tokenizer, tmp_path, content, message):
 
 
 def test_a_trained_tokenizer_gives_text_back_exactly(tmp_path):
-    files = sorted(ROOT.glob("*.py"))
+    files = [ROOT / name for name in ("dct.py", "freqkv.py", "model.py")]
     (tmp_path / "tokenizer.model").write_bytes(data.train_tokenizer(files, 400))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 400
