@@ -569,9 +569,10 @@ def test_text_that_spells_an_added_token_stays_text(tmp_path, kind, name):
     assert tokenizer.decode([tokenizer.control[name]]) == name  # it is not special
 
 
-@pytest.mark.parametrize("name", ["ø", "newword", "  ", "### User:"])
+@pytest.mark.parametrize("name", ["ø", "newword", "  ", "!", "### User:"])
 def test_other_added_tokens_are_found_in_text(tmp_path, name):
     byte_level(plain=[name]).save(str(tmp_path / "tokenizer.json"))
+    declare(tmp_path, chat_template="{{ 'ø!  newword' }}")  # which are words in it
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode(f"a{name}b", bos=False)
     assert len(ids) == 3

@@ -30,7 +30,7 @@ from weights import (
 )
 from weights.blank import blank_model
 from weights.chat import chat_stops, chat_tokens
-from weights.declared import read_declared
+from weights.declaration import read_declaration
 from weights.safetensors_dir import save_model
 from weights.tokenizer import Tokenizer
 
@@ -81,9 +81,9 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     for place in places:
         # Where both are there, tokens were added to the first, and transformers reads it too.
         if (place / "tokenizer.json").exists():
-            return tokenizer_json.read(place / "tokenizer.json", read_declared(place, folder))
+            return tokenizer_json.read(place / "tokenizer.json", read_declaration(place, folder))
         if (place / "tokenizer.model").exists():
-            return tokenizer_model.read(place / "tokenizer.model", read_declared(place, folder))
+            return tokenizer_model.read(place / "tokenizer.model", read_declaration(place, folder))
     if _choose_reader(path) is gguf_file:
         return tokenizer_gguf.read(path)
     raise FileNotFoundError(

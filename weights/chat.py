@@ -135,11 +135,11 @@ def find_template(tokenizer: Tokenizer) -> str:
 
 def _prepare(tokenizer: Tokenizer, messages: list[Message]) -> Chat:
     template = find_template(tokenizer)
-    used = set(template)
+    letters = set(template)
     for message in messages:
-        used.update(message["content"])
-    unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
-    return Chat(tokenizer, template, next(unused), next(unused), next(unused), next(unused))
+        letters.update(message["content"])
+    free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in letters)
+    return Chat(tokenizer, template, next(free), next(free), next(free), next(free))
 
 
 # From messages to text
@@ -199,21 +199,21 @@ def _render_marked(chat: Chat, messages: list[Message]) -> str:
     The marks must change nothing else, and none may be lost; else a template looks at what a
     message says in a way that cannot be followed, and that is a ValueError.
     """
-    expected = _render(chat, messages)
+    without_marks = _render(chat, messages)
     # Some templates strip messages of outer spaces: there the marks must stand within those.
     for within_spaces in (False, True):
-        marked = []
+        copies = []
         answers = 0
         for message in messages:
             content = _put_gaps(chat, message["content"])
             if message["role"] == "assistant" and (content.strip() or not within_spaces):
                 content = _mark_answer(chat, content, within_spaces)
                 answers += 1
-            marked.append(message | {"content": content})
-        text = _render(chat, marked)
+            copies.append(message | {"content": content})
+        text = _render(chat, copies)
         plain = re.sub(f"[{chat.gap}{chat.start}{chat.stop}]", "", text)
         starts_and_stops = re.sub(f"[^{chat.start}{chat.stop}]", "", text)
-        if plain == expected and starts_and_stops == (chat.start + chat.stop) * answers:
+        if plain == without_marks and starts_and_stops == (chat.start + chat.stop) * answers:
             return text
     raise ValueError(
         "chat template: changed a part of what an answer says, or left it out; must write answers "

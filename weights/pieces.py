@@ -11,13 +11,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # The types of a piece; GGUF has the same numbers.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Fields of a model, of a piece, and of the two messages of options.
-PIECES, TRAINER, NORMALIZER = 1, 2, 3
-TEXT, SCORE, TYPE = 1, 2, 3
-MODEL_TYPE, BYTE_FALLBACK, BOS_PIECE, EOS_PIECE = 3, 35, 46, 47
-ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 3, 4
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
+# Fields of a model.
+PIECES = 1
+TRAINER = 2
+NORMALIZER = 3
+# Fields of a piece.
+TEXT = 1
+SCORE = 2
+TYPE = 3
+# Options in the message TRAINER.
+MODEL_TYPE = 3
+BYTE_FALLBACK = 35
+BOS_PIECE = 46
+EOS_PIECE = 47
 BYTE_PAIRS = 2  # the model type of merges
+# Options in the message NORMALIZER.
+ADD_DUMMY_PREFIX = 3
+REMOVE_EXTRA_WHITESPACES = 4
 
 
 @dataclass

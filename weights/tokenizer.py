@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights.declared import SIDE_FILES
+from weights.declaration import SIDE_FILES
 from weights.files import write_beside, write_json
 
 CUT = re.compile(r"[A-Za-z] (?=[A-Za-z])")
@@ -156,19 +156,19 @@ class Tokenizer:
             )
         names = {token: name for name, token in self.control.items()}
         without_row = range(rows, self.vocab_size)
-        listed = ", ".join(f"{token} ({names.get(token, 'text')})" for token in without_row[:8])
+        labels = ", ".join(f"{token} ({names.get(token, 'text')})" for token in without_row[:8])
         if len(without_row) > 8:
-            listed += f", ... {without_row[-1]}"
+            labels += f", ... {without_row[-1]}"
         for token in without_row:
             name = names.get(token)
             ends_or_begins = token == self.bos_id or token in self.eos_ids
             if name is None or ends_or_begins or name in (self.chat_template or ""):
                 raise ValueError(
                     f"tokenizer: was of {self.vocab_size} tokens, must fit the model's {rows} "
-                    f"rows: no row for the ids {listed}"
+                    f"rows: no row for the ids {labels}"
                 )
         if without_row:
-            warnings.warn(f"tokenizer: the model has no row for the ids {listed}", stacklevel=2)
+            warnings.warn(f"tokenizer: the model has no row for the ids {labels}", stacklevel=2)
 
     def save(self, folder: Path) -> None:
         """Write the files from which this tokenizer can be read again, here and by other tools.
@@ -177,27 +177,28 @@ class Tokenizer:
         say, in config.json and generation_config.json (`weights.save_model`).
         """
         folder.mkdir(parents=True, exist_ok=True)
-        written = set()
+        names = set()
         for file in self.files:
             name = file.relative_to(self.files[0].parent)
             (folder / name).parent.mkdir(exist_ok=True)
             write_beside(folder / name, lambda to, file=file: shutil.copyfile(file, to))
-            written.add(str(name))
+            names.add(str(name))
         for name, content in self.make_files().items():
             write_beside(folder / name, lambda to, content=content: to.write_bytes(content))
-            written.add(name)
-        if "tokenizer_config.json" not in written:
-            write_json(folder / "tokenizer_config.json", self._config(written))
-            written.add("tokenizer_config.json")
+            names.add(name)
+        if "tokenizer_config.json" not in names:
+            has_json = "tokenizer.json" in names
+            write_json(folder / "tokenizer_config.json", self._config(has_json))
+            names.add("tokenizer_config.json")
         for name in FILES:
-            if name not in written:
+            if name not in names:
                 (folder / name).unlink(missing_ok=True)
 
-    def _config(self, written: set[str]) -> dict[str, Any]:
+    def _config(self, has_json: bool) -> dict[str, Any]:
         """tokenizer_config.json, for a tokenizer that was read from files without one."""
         by_id = {token: name for name, token in self.control.items()}
         config: dict[str, Any] = {}
-        if "tokenizer.json" in written:
+        if has_json:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config |= self.names
         if self.bos_id is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weights import tokenizer_json, tokenizer_model
-from weights.declared import Declared, pick_template
+from weights.declaration import Declaration, pick_template
 from weights.files import damaged
 from weights.gguf_file import gguf_fields
 from weights.pieces import (
@@ -55,22 +55,22 @@ def read(path: Path) -> Tokenizer:
     must = "a GGUF file with a whole tokenizer"
     if model == "llama":
         with damaged(path, must):
-            declared = _read_declared(fields)
+            declaration = _read_declaration(fields)
             pieces = _make_pieces(fields)
             content = pieces.to_bytes()
         return tokenizer_model.make_tokenizer(
-            path, pieces, declared, make_files=lambda: {"tokenizer.model": content}
+            path, pieces, declaration, make_files=lambda: {"tokenizer.model": content}
         )
     if model == "gpt2" and split in SPLITS:
         tokenizers = tokenizer_json.import_tokenizers(path)
         with damaged(path, must):
-            declared = _read_declared(fields)
-            merges = _make_merges(tokenizers, fields, declared)
+            declaration = _read_declaration(fields)
+            merges = _make_merges(tokenizers, fields, declaration)
         content = merges.to_str().encode()
         return tokenizer_json.make_tokenizer(
             path,
             merges,
-            declared,
+            declaration,
             None,
             tokenizer_json.spell_letters,
             make_files=lambda: {"tokenizer.json": content},
@@ -81,7 +81,7 @@ def read(path: Path) -> Tokenizer:
     )
 
 
-def _read_declared(fields: dict[str, Any]) -> Declared:
+def _read_declaration(fields: dict[str, Any]) -> Declaration:
     """What the fields of a GGUF file say about its tokenizer."""
     tokens = fields["tokens"]
     names = {}
@@ -93,7 +93,7 @@ def _read_declared(fields: dict[str, Any]) -> Declared:
         if name in fields and fields[name] not in stops:
             stops.append(fields[name])
     add_bos = fields.get("add_bos_token", fields.get("pre") != "smollm")
-    return Declared(
+    return Declaration(
         names=names,
         special=frozenset(names.values()),
         add_bos=bool(add_bos) and "bos_token" in names,
@@ -126,7 +126,7 @@ def _make_pieces(fields: dict[str, Any]) -> PieceModel:
     return PieceModel(pieces, trainer, normalizer)
 
 
-def _make_merges(tokenizers: Any, fields: dict[str, Any], declared: Declared) -> Any:
+def _make_merges(tokenizers: Any, fields: dict[str, Any], declaration: Declaration) -> Any:
     """The tokenizer of the package `tokenizers` with this vocabulary and these merges."""
     tokens = fields["tokens"]
     model = tokenizers.models.BPE(
@@ -141,7 +141,7 @@ def _make_merges(tokenizers: Any, fields: dict[str, Any], declared: Declared) ->
             control.append(tokenizers.AddedToken(token, special=True))
         elif kind == USER_DEFINED:
             user_defined.append(tokenizers.AddedToken(token, normalized=False))
-    first = declared.names["bos_token"] if declared.add_bos else None
+    first = declaration.names["bos_token"] if declaration.add_bos else None
     merges = tokenizer_json.make_byte_level(
         tokenizers, model, SPLITS[fields["pre"]](tokenizers), control, first
     )

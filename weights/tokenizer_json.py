@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weights.declared import Declared
+from weights.declaration import Declaration
 from weights.tokenizer import ACROSS, Tokenizer, no_files
 
 # How Llama 3 splits text before it merges bytes; part of its published tokenizer.
@@ -18,7 +18,7 @@ LLAMA3_SPLIT = (
 )
 
 
-def read(path: Path, declared: Declared) -> Tokenizer:
+def read(path: Path, declaration: Declaration) -> Tokenizer:
     """The tokenizer in a tokenizer.json."""
     tokenizers = import_tokenizers(path)
     try:
@@ -28,18 +28,18 @@ def read(path: Path, declared: Declared) -> Tokenizer:
     files = [path]
     if path.with_name("tokenizer.model").exists():
         files.append(path.with_name("tokenizer.model"))
-    files += declared.files
+    files += declaration.files
     says_bos, bos_id = _read_post_processor(path, merges.post_processor)
     if says_bos:  # and then transformers, too, asks no flag in tokenizer_config.json
-        declared = replace(declared, add_bos=None)
+        declaration = replace(declaration, add_bos=None)
     spell, leading_spaces = _read_decoder(path, merges.decoder)
-    return make_tokenizer(path, merges, declared, bos_id, spell, leading_spaces, tuple(files))
+    return make_tokenizer(path, merges, declaration, bos_id, spell, leading_spaces, tuple(files))
 
 
 def make_tokenizer(
     path: Path,
     merges: Any,
-    declared: Declared,
+    declaration: Declaration,
     bos_id: int | None,
     spell: Callable[[str], bytes],
     leading_spaces: int = 0,
@@ -50,7 +50,7 @@ def make_tokenizer(
 
     bos_id: the BOS unless one is declared. spell: the UTF-8 of a token of the vocabulary.
     """
-    hidden = _set_control(path, merges, declared)
+    hidden = _set_control(path, merges, declaration)
     added = merges.get_added_tokens_decoder()
     control = {}
     takes_space = {}
@@ -65,7 +65,7 @@ def make_tokenizer(
 
     @functools.cache
     def load_rest() -> Any:
-        return _load_rest(path, merges, declared)
+        return _load_rest(path, merges, declaration)
 
     def encode_rest(text: str) -> list[int]:
         return load_rest().encode(text, add_special_tokens=False).ids
@@ -84,11 +84,11 @@ def make_tokenizer(
         token_bytes,
         max(vocabulary.values()) + 1,
         control,
-        declared.find_bos(path, control, bos_id),
+        declaration.find_bos(path, control, bos_id),
         encode_rest=encode_rest,
-        stops=declared.find_stops(control),
-        names=declared.names,
-        chat_template=declared.chat_template,
+        stops=declaration.find_stops(control),
+        names=declaration.names,
+        chat_template=declaration.chat_template,
         takes_space=takes_space,
         leading_spaces=leading_spaces,
         words=not ACROSS.search("\n".join(vocabulary)),
@@ -97,13 +97,13 @@ def make_tokenizer(
     )
 
 
-def _set_control(path: Path, merges: Any, declared: Declared) -> set[int]:
+def _set_control(path: Path, merges: Any, declaration: Declaration) -> set[int]:
     """Add the tokens that are declared, and have text never become a control token.
 
     Returns the ids of special tokens, which show nothing when they are decoded.
     """
     tokenizers = import_tokenizers(path)
-    for token_id, token in sorted(declared.added.items()):
+    for token_id, token in sorted(declaration.added.items()):
         if merges.token_to_id(token.content) is None:
             merges.add_tokens([tokenizers.AddedToken(**vars(token))])
             got = merges.token_to_id(token.content)
@@ -114,12 +114,12 @@ def _set_control(path: Path, merges: Any, declared: Declared) -> set[int]:
                 )
     hidden = set()
     for token_id, token in merges.get_added_tokens_decoder().items():
-        if token.special or token.content in declared.special:
+        if token.special or token.content in declaration.special:
             hidden.add(token_id)
-        if not token.special and declared.is_control(token.content):
+        if not token.special and declaration.is_control(token.content):
             token.special = True
             merges.add_special_tokens([token])
-    for name in declared.special:
+    for name in declaration.special:
         token_id = merges.token_to_id(name)
         if token_id is not None and token_id not in hidden:  # a plain word of the vocabulary
             merges.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
@@ -159,14 +159,14 @@ def _read_decoder(path: Path, decoder: Any) -> tuple[Callable[[str], bytes], int
         return lambda token: f" {token}".encode(), 1  # words, with spaces between them
     if len(steps) == 1 and steps[0]["type"] == "ByteLevel":
         return spell_letters, 0
-    replaced = []
+    replacements = []
     has_bytes = False
     leading_spaces = 0
     for step in steps:
         if step["type"] == "Replace" and "String" in step["pattern"]:
-            replaced.append((step["pattern"]["String"], step["content"]))
+            replacements.append((step["pattern"]["String"], step["content"]))
         elif step["type"] == "Metaspace":
-            replaced.append((step["replacement"], " "))
+            replacements.append((step["replacement"], " "))
             if step.get("prepend_scheme") != "never":
                 leading_spaces = 1
         elif step["type"] == "ByteFallback":
@@ -182,38 +182,38 @@ def _read_decoder(path: Path, decoder: Any) -> tuple[Callable[[str], bytes], int
     def spell(token: str) -> bytes:
         if has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        for old, new in replaced:
+        for old, new in replacements:
             token = token.replace(old, new)
         return token.encode()
 
     return spell, leading_spaces
 
 
-def _load_rest(path: Path, merges: Any, declared: Declared) -> Any:
+def _load_rest(path: Path, merges: Any, declaration: Declaration) -> Any:
     """The tokenizer for text behind a control token: another one only where it must be.
 
     Llama 2's family begins a text with a space of its own. Whether it puts one behind every control
     token, too, is `prepend_scheme`, or, for transformers' LlamaTokenizer, `legacy`.
     """
-    is_llama = declared.tokenizer_class.removesuffix("Fast") == "LlamaTokenizer"
+    is_llama = declaration.tokenizer_class.removesuffix("Fast") == "LlamaTokenizer"
     pre_tokenizers = _steps(merges.pre_tokenizer, "pretokenizers")
     normalizers = _steps(merges.normalizer, "normalizers")
-    changed = False
+    is_other = False
     for step in pre_tokenizers:
         if step.get("prepend_scheme") == "first":
             step["prepend_scheme"] = "never"
-            changed = True
+            is_other = True
     for step in normalizers:
-        if step["type"] == "Prepend" and is_llama and not declared.legacy:
+        if step["type"] == "Prepend" and is_llama and not declaration.legacy:
             step["prepend"] = ""
-            changed = True
-    if not changed:
+            is_other = True
+    if not is_other:
         return merges
     whole = json.loads(merges.to_str())
     whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre_tokenizers}
     whole["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     rest = import_tokenizers(path).Tokenizer.from_str(json.dumps(whole))
-    _set_control(path, rest, declared)
+    _set_control(path, rest, declaration)
     return rest
 
 

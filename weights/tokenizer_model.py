@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights import tokenizer_json
-from weights.declared import Declared
+from weights.declaration import Declaration
 from weights.pieces import (
     ADD_DUMMY_PREFIX,
     BYTE,
@@ -19,6 +19,7 @@ from weights.pieces import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    Piece,
     PieceModel,
     change_piece,
     make_piece,
@@ -48,17 +49,17 @@ LLAMA3_LONGEST = 400_000
 LLAMA3_RUN = 25_000
 
 
-def read(path: Path, declared: Declared) -> Tokenizer:
+def read(path: Path, declaration: Declaration) -> Tokenizer:
     """The tokenizer in a tokenizer.model: a message in protobuf, or lines of base64 and a rank."""
     with path.open("rb") as file:
         is_ranks = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", file.read(4096))
     if is_ranks:
-        return _read_ranks(path, declared)
+        return _read_ranks(path, declaration)
     try:
         model = read_model(path.read_bytes())
     except (ValueError, LookupError) as error:
         raise ValueError(f"{path}: was not whole ({error}), must be a tokenizer.model") from None
-    return make_tokenizer(path, model, declared, files=(path, *declared.files))
+    return make_tokenizer(path, model, declaration, files=(path, *declaration.files))
 
 
 # sentencepiece's pieces
@@ -67,7 +68,7 @@ def read(path: Path, declared: Declared) -> Tokenizer:
 def make_tokenizer(
     path: Path,
     model: PieceModel,
-    declared: Declared,
+    declaration: Declaration,
     files: tuple[Path, ...] = (),
     make_files: Callable[[], dict[str, bytes]] = no_files,
 ) -> Tokenizer:
@@ -76,23 +77,18 @@ def make_tokenizer(
     sentencepiece finds user-defined pieces in every text, and control pieces in none: what text
     must not become is made one of the latter, and what is declared is added as one or the other.
     """
-    hidden = _set_control(model, declared)
+    hidden = _set_control(model, declaration)
     control = {}
-    found: tuple[str, ...] = ()  # added tokens that are found in texts
+    added_words: tuple[str, ...] = ()  # added tokens that texts have
     table = []  # the UTF-8 of each piece
     for token_id, piece in enumerate(model.pieces):
         if piece.type in (UNKNOWN, CONTROL):
             control[piece.text] = token_id
-        elif token_id in declared.added:
-            found += (piece.text,)
-        if token_id in hidden:
-            table.append(b"")
-        elif piece.type == BYTE:
-            table.append(bytes([int(piece.text[3:5], 16)]))
-        else:
-            table.append(piece.text.replace(SPACE, " ").encode())
+        elif token_id in declaration.added:
+            added_words += (piece.text,)
+        table.append(b"" if token_id in hidden else _spell(piece))
     no_prefix = write_field(ADD_DUMMY_PREFIX, 0)
-    if not declared.prefix_space:
+    if not declaration.prefix_space:
         model.normalizer += no_prefix
     has_prefix = model.has_flag(ADD_DUMMY_PREFIX)
     leading_spaces = 1 if has_prefix else 0
@@ -101,11 +97,11 @@ def make_tokenizer(
     content = model.to_bytes()
     processor = _load_processor(path, content)
     rest = processor  # of text behind a control token, where it begins with no space of its own
-    if has_prefix and not declared.legacy:
+    if has_prefix and not declaration.legacy:
         rest = _load_processor(path, content + write_field(NORMALIZER, no_prefix))
 
     def encode(text: str) -> list[int]:
-        if text.startswith(found):  # and there it begins with none, as in transformers
+        if text.startswith(added_words):  # and there it begins with none, as in transformers
             return rest.encode(text)
         return processor.encode(text)
 
@@ -115,17 +111,17 @@ def make_tokenizer(
         "unk_token": processor.unk_id(),
     }
     names = {part: processor.id_to_piece(i) for part, i in parts.items() if i >= 0}
-    names |= declared.names
+    names |= declaration.names
     return Tokenizer(
         encode,
         lambda token_id: table[token_id] if 0 <= token_id < len(table) else b"",
         len(table),
         control,
-        declared.find_bos(path, control, control.get(names.get("bos_token", ""))),
+        declaration.find_bos(path, control, control.get(names.get("bos_token", ""))),
         encode_rest=rest.encode,
-        stops=declared.find_stops(control, names.get("eos_token", "")),
+        stops=declaration.find_stops(control, names.get("eos_token", "")),
         names=names,
-        chat_template=declared.chat_template,
+        chat_template=declaration.chat_template,
         leading_spaces=leading_spaces,
         words=not ACROSS.search("\n".join(piece.text for piece in model.pieces)),
         files=files,
@@ -133,12 +129,12 @@ def make_tokenizer(
     )
 
 
-def _set_control(model: PieceModel, declared: Declared) -> set[int]:
+def _set_control(model: PieceModel, declaration: Declaration) -> set[int]:
     """Add the pieces that are declared, and have text never become a control token.
 
     Returns the ids of pieces that are no part of any text, and show nothing.
     """
-    for token_id, token in sorted(declared.added.items()):
+    for token_id, token in sorted(declaration.added.items()):
         while len(model.pieces) <= token_id:
             model.pieces.append(make_piece(f"<no token {len(model.pieces)}>", UNUSED))
         piece = model.pieces[token_id]
@@ -148,13 +144,20 @@ def _set_control(model: PieceModel, declared: Declared) -> set[int]:
         change_piece(piece, token.content, piece_type)
     hidden = set()
     for token_id, piece in enumerate(model.pieces):
-        is_special = piece.text in declared.special
+        is_special = piece.text in declaration.special
         if is_special or piece.type in (UNKNOWN, CONTROL, UNUSED):
             hidden.add(token_id)
-        is_control = piece.type == USER_DEFINED and declared.is_control(piece.text)
+        is_control = piece.type == USER_DEFINED and declaration.is_control(piece.text)
         if is_control or (is_special and piece.type != UNKNOWN):
             change_piece(piece, piece.text, CONTROL)
     return hidden
+
+
+def _spell(piece: Piece) -> bytes:
+    """The UTF-8 that a piece stands for."""
+    if piece.type == BYTE:
+        return bytes([int(piece.text[3:5], 16)])
+    return piece.text.replace(SPACE, " ").encode()
 
 
 def _load_processor(path: Path, content: bytes) -> Any:
@@ -169,13 +172,13 @@ def _load_processor(path: Path, content: bytes) -> Any:
 # tiktoken's ranks
 
 
-def _read_ranks(path: Path, declared: Declared) -> Tokenizer:
+def _read_ranks(path: Path, declaration: Declaration) -> Tokenizer:
     try:
         import tiktoken
     except ImportError:
         raise ImportError(f"{path}: needs the package tiktoken: pip install tiktoken") from None
     ranks = _load_ranks(path)
-    names = _name_control(path, len(ranks), declared)
+    names = _name_control(path, len(ranks), declaration)
     control = {name: token_id for token_id, name in names.items()}
     pairs = tiktoken.Encoding(
         path.name,
@@ -198,12 +201,12 @@ def _read_ranks(path: Path, declared: Declared) -> Tokenizer:
         lambda token_id: table[token_id] if 0 <= token_id < len(table) else b"",
         len(ranks) + 256,
         control,
-        declared.find_bos(path, control, bos_id),
-        stops=declared.find_stops(control),
-        names={"bos_token": names[bos_id], "eos_token": names[bos_id + 1]} | declared.names,
-        chat_template=declared.chat_template,
+        declaration.find_bos(path, control, bos_id),
+        stops=declaration.find_stops(control),
+        names={"bos_token": names[bos_id], "eos_token": names[bos_id + 1]} | declaration.names,
+        chat_template=declaration.chat_template,
         longest=LLAMA3_LONGEST,
-        files=(path, *declared.files),
+        files=(path, *declaration.files),
         make_files=lambda: _json_of_ranks(path, ranks, names),
     )
 
@@ -226,7 +229,7 @@ def _load_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _name_control(path: Path, first: int, declared: Declared) -> dict[int, str]:
+def _name_control(path: Path, first: int, declaration: Declaration) -> dict[int, str]:
     """The names of the control tokens, by id: Llama 3's, or what is declared in their place."""
     names = {}
     for number in range(256):
@@ -235,7 +238,7 @@ def _name_control(path: Path, first: int, declared: Declared) -> dict[int, str]:
         else:
             name = f"reserved_special_token_{number - len(LLAMA3_CONTROL) + 2}"
         names[first + number] = f"<|{name}|>"
-    for token_id, token in declared.added.items():
+    for token_id, token in declaration.added.items():
         if token_id not in names:
             raise ValueError(
                 f"{path}: added token {token.content!r} was number {token_id}, must be one of the "
@@ -278,10 +281,10 @@ def _json_of_ranks(path: Path, ranks: dict[bytes, int], names: dict[int, str]) -
             if left is not None and right is not None:
                 pairs.append((left, right))
         merges += sorted(pairs)
-    spelled = list(vocabulary)
+    tokens = list(vocabulary)
     model = tokenizers.models.BPE(
         vocab=vocabulary,
-        merges=[(spelled[left], spelled[right]) for left, right in merges],
+        merges=[(tokens[left], tokens[right]) for left, right in merges],
         ignore_merges=True,
     )
     control = [tokenizers.AddedToken(names[token_id], special=True) for token_id in sorted(names)]

@@ -1,6 +1,6 @@
-"""What the files beside a vocabulary say of it: special tokens, BOS, stop ids, chat template.
+"""What a checkpoint declares of its tokenizer: special tokens, BOS, stop ids, chat template.
 
-The files are those of Hugging Face's tools, and none of them has to be there:
+The files that do are those of Hugging Face's tools, and none of them has to be there:
 tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja (or .json),
 generation_config.json and config.json. A GGUF file says the same in its fields.
 """
@@ -39,7 +39,7 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
-class Declared:
+class Declaration:
     """What a checkpoint says about its tokenizer; the fields are empty where it says nothing."""
 
     names: dict[str, str] = field(default_factory=dict)  # the token of a part: "bos_token", ...
@@ -85,7 +85,7 @@ class Declared:
         return tuple(stops)
 
 
-def read_declared(folder: Path, model_folder: Path) -> Declared:
+def read_declaration(folder: Path, model_folder: Path) -> Declaration:
     """What the files in a tokenizer's folder say, and in the folder of its model (often the same).
 
     ValueError names a file that does not say it as it must.
@@ -112,7 +112,7 @@ def read_declared(folder: Path, model_folder: Path) -> Declared:
         add_bos = config.get("add_bos_token")
         if add_bos not in (True, False, None):
             raise ValueError(f"add_bos_token was {add_bos!r}")
-    return Declared(
+    return Declaration(
         names=names,
         special=frozenset(special),
         added=added,
