@@ -276,6 +276,15 @@ def test_a_share_of_files_with_long_line_ends_begins_at_the_same_file(tokenizer,
     assert len(tokens) == sizes["train_tokens"] + sizes["held_out_tokens"]
 
 
+def test_a_character_is_not_cut_in_two(tokenizer, tmp_path):
+    (tmp_path / "x").write_text("日" * 10)  # 30 bytes, 10 of them held out
+    sizes = data.write_tokens([tmp_path / "x"], 0.35, tokenizer, tmp_path / "tokens.bin")
+    tokens = np.fromfile(tmp_path / "tokens.bin", np.uint32).tolist()
+    assert tokenizer.decode(tokens[: sizes["train_tokens"]]) == "日" * 6
+    assert tokenizer.decode(tokens[sizes["train_tokens"] :]) == "日" * 4
+    assert sizes["held_out_bytes"] == 12
+
+
 def test_text_that_is_not_utf8(tokenizer, tmp_path):
     (tmp_path / "x.txt").write_bytes(b"words \xff" * 99)
     with pytest.raises(ValueError, match=r"x\.txt: was not UTF-8 at byte 6"):
@@ -302,6 +311,20 @@ CONVERSATIONS = [
     RECORDS[2]["messages"],
 ]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+
+
+def test_records_are_conversations(monkeypatch):
+    monkeypatch.setattr(data, "chat_tokens", lambda tokenizer, messages: messages)
+    for record, messages in zip(RECORDS, CONVERSATIONS, strict=True):
+        assert data.encode_record(record, None) == messages
+    for record in (
+        {"instruction": "", "input": "a", "output": "b"},
+        {"instruction": "a", "input": "", "output": "b"},
+        {"instruction": "a", "input": None, "output": "b"},
+    ):
+        question, answer = data.encode_record(record, None)
+        assert question == {"role": "user", "content": "a"}
+        assert answer == {"role": "assistant", "content": "b"}
 
 
 def test_labels_are_on_answers_alone(tokenizer, tmp_path, capsys):

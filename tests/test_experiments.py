@@ -348,6 +348,8 @@ def test_windows_are_read_in_batches_of_about_4096_slots():
             assert len({window.length for window in batch}) == 1
     batches = harness.make_batches(strategy, windows[:8], 3)
     assert [len(batch) for batch in batches] == [3, 3, 2]
+    large = Strategy("freqkv", FreqKVConfig(window=8192))
+    assert len(harness.make_batches(large, windows[:3], None)) == 3  # never none at a time
 
 
 def record(windows, losses, length):

@@ -506,19 +506,19 @@ print("peak", cli.peak_memory(torch.device("cpu"))[0])
 
 @pytest.mark.slow
 def test_peak_memory_does_not_depend_on_the_text(tmp_path):
-    """The process that reads 8 times the text, 131,072 tokens, peaks within 5 % of the other."""
+    """The process that reads 8 times the text, 65,536 tokens, peaks within 5 % of the other."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 512}
     tiny_checkpoint(tmp_path / "model", **sizes)
-    tokens = np.arange(1 << 17) % 397 + 3
+    tokens = np.arange(1 << 16) % 397 + 3
     tokens.astype(np.uint16).tofile(tmp_path / "x.bin")
     flags = ["--model", tmp_path / "model", "--data", tmp_path / "x.bin", "--device", "cpu"]
-    flags += ["--window", 512, "--strategies", "freqkv,window", "--limit", 1]
+    flags += ["--window", 512, "--strategies", "freqkv", "--limit", 1]
     peaks = []
-    for length in (1 << 14, 1 << 17):
+    for length in (1 << 13, 1 << 16):
         more = ["--lengths", length, "--out", tmp_path / str(length)]
         command = [sys.executable, "-c", MEASURED, *(str(flag) for flag in [*flags, *more])]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
         peaks.append(int(re.search(r"peak (\d+)", ran.stdout)[1]))
-        assert [r["tokens"] for r in results(tmp_path / str(length))] == [length - 1] * 2
+        assert [r["tokens"] for r in results(tmp_path / str(length))] == [length - 1]
     assert abs(peaks[1] / peaks[0] - 1) < 0.05

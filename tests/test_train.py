@@ -166,7 +166,7 @@ def test_defaults_by_recipe(tmp_path):
     expected |= {"out": "runs/llama-lora", "sinks": 4, "ratio": 0.5, "recent": 0}
     assert expected.items() <= train.asdict(paper).items()
     assert paper.batch_size * paper.accumulate == 64
-    assert settings_of("--lora", "--lr", 3).lr == 3
+    assert settings_of("--lora", "--steps", 3).steps == 3
     assert settings_of().out == "runs/tiny-full"
     assert settings_of("--sft", "x.json", "--lora").out == "runs/tiny-lora-sft"
     scratch = settings_of("--init", tmp_path / "shape/config.json")
@@ -182,6 +182,15 @@ def test_window_and_length_are_chosen_from_the_model(checkpoint, text_file, tmp_
         saved = train.read_settings(tmp_path / attention / "config.json")
         assert saved == trainer.settings
         assert len(trainer.data.train[0][0]) == length
+
+
+def test_text_is_tokenized_again_for_another_share(checkpoint, text_file, tmp_path):
+    lengths = []
+    for share in (0.1, 0.3):
+        settings = settings_of(*flags(checkpoint, text_file, tmp_path, "--val-share", share))
+        rows = train.read_data(settings, load_tokenizer(checkpoint), 400, 40)
+        lengths.append(len(rows.held_out))
+    assert lengths[1] > 2 * lengths[0] > 0
 
 
 @pytest.mark.parametrize("name", ["freqkv", "distinct", "window", "full"])
@@ -546,10 +555,12 @@ def test_training_from_random_weights(tmp_path, succeed):
 def test_lora_and_merge(checkpoint, tokens_file, tmp_path, succeed, script):
     """The adapter of a run, continued, merged at the end and merged at once: one function."""
     first, merged = tmp_path / "first", tmp_path / "merged"
-    more = "--lora", "--warmup", 0, "--rank", 4, "--save-dtype", "float32"
+    more = "--lora", "--warmup", 0, "--rank", 4, "--alpha", 12, "--save-dtype", "float32"
     said = succeed(*flags(checkpoint, tokens_file, first, *more, "--merge", merged))
     assert f"--model {merged}" in said
     assert json.loads((first / "adapter/freqkv.json").read_text())["window"] == 16
+    config = json.loads((first / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)
     model = load_model(checkpoint)
     tokens = random_tokens(1, 20)
     before = model(tokens)

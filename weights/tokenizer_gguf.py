@@ -34,6 +34,7 @@ SPLITS = {
     "smollm": tokenizer_json.split_digits,
     "llama-bpe": tokenizer_json.split_llama3,
     "llama3": tokenizer_json.split_llama3,
+    "llama-v3": tokenizer_json.split_llama3,
 }
 # Where the token of a part is told.
 PARTS = {
