@@ -30,7 +30,7 @@ from weights.files import damaged, read_json, read_text, write_json
 IGNORE = -100  # a label that takes no part in the loss
 BLOCK = 1 << 24  # tokens of a mapped file that are looked at together
 TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # not Python's own source
-RECORD = "must have instruction and output, or messages, or text"
+RECORD = "must have instruction and output, or messages, or text, or parts"
 
 Row = tuple[Tensor, Tensor]  # tokens [T], and as labels [T] what follows each of them, or IGNORE
 
@@ -354,13 +354,16 @@ def encode_record(record: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bo
     """A record as segments of ids, each with whether it is an answer; ValueError if it is wrong.
 
     A record is a conversation: its messages, or its instruction, with any input, and its output. Or
-    it is plain text, all of which is learnt as an answer is.
+    it is plain text, all of which is learnt as an answer is; or parts of a text, each of them a
+    pair: the text, and whether it is learnt.
     """
     if not isinstance(record, dict):
         raise ValueError(f"was {str(record)[:40]!r}, {RECORD}")
     if "text" in record:
         check_text("text", record["text"])
         return [(tokenizer.encode(record["text"]), True)]
+    if "parts" in record:
+        return encode_parts(record["parts"], tokenizer)
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list):
@@ -383,6 +386,20 @@ def encode_record(record: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bo
     user = {"role": "user", "content": question}
     answer = {"role": "assistant", "content": record["output"]}
     return chat_tokens(tokenizer, [user, answer])
+
+
+def encode_parts(parts: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """The parts of one text, each a pair of text and whether it is learnt, as segments of ids."""
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"parts: was {str(parts)[:40]!r}, must be a list of pairs")
+    segments = []
+    for number, part in enumerate(parts):
+        if not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], bool):
+            raise ValueError(f"part: was {str(part)[:40]!r}, must be a text, and true or false")
+        text, is_learnt = part
+        check_text("part", text)
+        segments.append((tokenizer.encode(text, bos=number == 0), is_learnt))
+    return segments
 
 
 def check_text(name: str, value: Any) -> None:

@@ -110,6 +110,7 @@ class Settings:
     sinks: int = FreqKVConfig.sinks
     ratio: float = FreqKVConfig.ratio
     recent: int = FreqKVConfig.recent
+    vary: bool = False
     distill: float = 0.0
     # Optimisation
     steps: int = 100
@@ -189,6 +190,8 @@ def make_parser() -> cli.Parser:
     text = f"share of the span that a round keeps {show_default('ratio')}"
     add("--ratio", type=cli.real(0, 1), help=text)
     add("--recent", type=whole, help=f"newest tokens, left as they are {show_default('recent')}")
+    text = "draw window (all, half or a quarter) and recent (up to half of it) anew for each step"
+    add("--vary", action="store_true", help=text)
     text = f"share of the loss that imitates full attention {show_default('distill')}"
     add("--distill", type=cli.real(0, 1), help=text)
 
@@ -329,6 +332,14 @@ def choose_attention(name: str, schedule: FreqKVConfig) -> Attend:
     if name == "full":
         return causal_attention
     return FreqKVAttention(schedule, cli.OPERATORS[name])
+
+
+def vary_schedule(schedule: FreqKVConfig, seed: int, step: int) -> FreqKVConfig:
+    """Another window and share of recent tokens for a step: it learns rounds, not one schedule."""
+    rng = np.random.default_rng((seed, step, 1))
+    window = schedule.window // int(rng.choice([1, 2, 4]))
+    recent = int(window * rng.choice([0, 1 / 8, 1 / 4, 1 / 2]))
+    return replace(schedule, window=window, recent=recent)
 
 
 def choose_tokenizer(settings: Settings) -> Tokenizer | None:
@@ -548,10 +559,12 @@ def sync(path: Path) -> None:
 class Trainer:
     """A run: model, optimizer and data, and the folder that it writes."""
 
-    def __init__(self, settings: Settings, model: Llama, attend: Attend, data: Data) -> None:
+    def __init__(
+        self, settings: Settings, model: Llama, schedule: FreqKVConfig, data: Data
+    ) -> None:
         self.settings = settings
         self.model = model
-        self.attend = attend
+        self.schedule = schedule
         self.data = data
         self.teacher = copy_frozen(model) if settings.distill > 0 else None
         self.trained = {}  # parameters by name
@@ -596,7 +609,11 @@ class Trainer:
         step = self.step + 1
         rows = self.data.choose_rows(settings.seed, step, settings.batch_size * settings.accumulate)
         total = torch.zeros((), device=self.model.norm.weight.device)
-        for part in compute_losses(self.model, self.attend, rows, settings, self.teacher):
+        schedule = self.schedule
+        if settings.vary:
+            schedule = vary_schedule(schedule, settings.seed, step)
+        attend = choose_attention(settings.attention, schedule)
+        for part in compute_losses(self.model, attend, rows, settings, self.teacher):
             part.backward()
             total += part.detach()
         loss = total.item()
@@ -638,7 +655,8 @@ class Trainer:
             return
         rows = [held_out[round(i)] for i in np.linspace(0, len(held_out) - 1, count)]
         loss = 0.0
-        for part in compute_losses(self.model, self.attend, rows, self.settings, None):
+        attend = choose_attention(self.settings.attention, self.schedule)
+        for part in compute_losses(self.model, attend, rows, self.settings, None):
             loss += part.item()
         self.evaluation = {"step": self.step, "val_loss": loss}
         text = f"step {self.step}: held-out loss {loss:.4f} nats a token"
@@ -819,8 +837,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     out.mkdir(parents=True, exist_ok=True)
     # First: with it, whatever follows can be resumed.
     write_json(out / "config.json", asdict(settings))
-    attend = choose_attention(settings.attention, schedule)
-    trainer = Trainer(settings, model, attend, data)
+    trainer = Trainer(settings, model, schedule, data)
     if begun:
         trainer.resume()
     return trainer, tokenizer
