@@ -12,13 +12,14 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 import torch
 
 from freqkv import FreqKVCache, FreqKVConfig, Operator, distinct, lowband, newest
+from levels import LevelsCache, LevelsConfig
 from lora import BUILT_IN, find_adapter
 from model import FullCache, Llama, LlamaConfig
 from weights import Tokenizer, find, load_model, load_tokenizer
@@ -28,6 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OPERATORS: dict[str, Operator] = {"freqkv": lowband, "distinct": distinct, "window": newest}
 CACHES = [*OPERATORS, "full"]
 DEFAULTS = FreqKVConfig()  # the paper's schedule
+Schedule = FreqKVConfig | LevelsConfig
+SCHEDULES: dict[str, type[Schedule]] = {"paper": FreqKVConfig, "levels": LevelsConfig}
+SETTINGS = ["schedule", "window", "sinks", "ratio", "recent", "block"]  # of any of them
 Cache = FreqKVCache | FullCache
 
 
@@ -226,14 +230,17 @@ def add_schedule_flags(parser: argparse._ActionsContainer) -> None:
     """The flags of the slots, which `choose_schedule` reads."""
     add = parser.add_argument
     tuned = "as tuned; else"
+    text = f"rounds as in the paper, or on a ladder of levels (levels.py) [{tuned} paper]"
+    add("--schedule", choices=list(SCHEDULES), help=text)
     text = f"slots N a layer [{tuned} {DEFAULTS.window}, or the model's positions if fewer]"
     add("--window", type=integer(1), help=text)
     text = f"first tokens, never compressed [{tuned} {DEFAULTS.sinks}]"
     add("--sinks", type=integer(0), help=text)
     text = f"share of the span that a round keeps [{tuned} {DEFAULTS.ratio}]"
     add("--ratio", type=real(0, 1), help=text)
-    text = f"newest tokens, left as they are [{tuned} {DEFAULTS.recent}]"
+    text = f"newest tokens, left as they are [{tuned} {DEFAULTS.recent}; levels: window/4]"
     add("--recent", type=integer(0), help=text)
+    add("--block", type=integer(1), help=f"slots of a block of levels [{tuned} window/64]")
 
 
 def load(args: Namespace) -> tuple[Llama, Tokenizer]:
@@ -246,16 +253,24 @@ def load(args: Namespace) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def choose_schedule(args: Namespace, model: LlamaConfig) -> FreqKVConfig:
+def choose_schedule(args: Namespace, model: LlamaConfig) -> Schedule:
     """The schedule: flags first, then what the model was tuned with, then the paper's settings."""
-    settings = tuned_settings(args.model, args.adapter)
-    return make_schedule(settings | given_settings(args), model)
+    tuned = tuned_settings(args.model, args.adapter)
+    return make_schedule(given_settings(args), model, tuned)
+
+
+def choose_cache(args: Namespace) -> str:
+    """The name of the cache: as the flag says, or as the model was tuned, or the paper's."""
+    if args.cache is not None:
+        return args.cache
+    tuned = tuned_settings(args.model, args.adapter).get("attention")
+    return tuned if tuned in OPERATORS else "freqkv"
 
 
 def given_settings(args: Namespace) -> dict[str, Any]:
     """The settings of the schedule that the flags give."""
     settings = {}
-    for name in asdict(DEFAULTS):
+    for name in SETTINGS:
         value = getattr(args, name)
         if value is not None:
             settings[name] = value
@@ -270,28 +285,51 @@ def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
     for folder in folders:
         path = folder / "freqkv.json"
         if path.exists():
-            content = read_json(path)
-            return {name: content[name] for name in asdict(DEFAULTS) if name in content}
+            return read_json(path)
     return {}
 
 
-def make_schedule(settings: dict[str, Any], model: LlamaConfig) -> FreqKVConfig:
-    """A schedule for a model; ValueError for a window that is longer than its positions.
+def make_schedule(
+    given: dict[str, Any], model: LlamaConfig, tuned: dict[str, Any] | None = None
+) -> Schedule:
+    """A schedule for a model, of settings that were given, or else of those it was tuned with.
 
     A window that is not given, or None, is the paper's, or the model's positions if fewer.
+    ValueError for a window that is longer than these, or a setting of another schedule.
     """
+    settings = dict(tuned or {})
+    for name, value in given.items():
+        if value is not None:
+            settings[name] = value
+    kind = settings.get("schedule", "paper")
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule: was {kind!r}, must be of {', '.join(SCHEDULES)}")
+    known = {field.name for field in fields(SCHEDULES[kind])}
+    for name in ("ratio", "block"):
+        if given.get(name) is not None and name not in known:
+            raise ValueError(f"--{name}: was {given[name]}, must be without --schedule {kind}")
+
     most = model.max_position_embeddings
-    window = settings.get("window")
-    if window is None:
-        window = min(DEFAULTS.window, most)
-    config = FreqKVConfig(**settings | {"window": window})
+    values = {name: settings[name] for name in known if settings.get(name) is not None}
+    values.setdefault("window", min(DEFAULTS.window, most))
+    if kind == "levels":
+        values.setdefault("recent", values["window"] // 4)
+        values.setdefault("block", max(values["window"] // 64, 1))
+    config = SCHEDULES[kind](**values)
     if config.window > most:
         raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
     return config
 
 
-def make_cache(name: str, schedule: FreqKVConfig, capacity: int) -> Cache:
+def make_cache(name: str, schedule: Schedule, capacity: int) -> Cache:
     """An empty cache, by one of the names in CACHES; `capacity` is how much the full one holds."""
     if name == "full":
         return FullCache(capacity)
-    return FreqKVCache(schedule, OPERATORS[name])
+    return make_slots(schedule, OPERATORS[name])
+
+
+def make_slots(schedule: Schedule, operator: Operator) -> FreqKVCache:
+    """An empty cache of slots."""
+    if isinstance(schedule, LevelsConfig):
+        return LevelsCache(schedule, operator)
+    return FreqKVCache(schedule, operator)

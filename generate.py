@@ -14,8 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,8 @@ from tqdm import tqdm
 
 import cli
 from cli import Cache
-from freqkv import FreqKVCache, FreqKVConfig
+from freqkv import FreqKVCache
+from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
 from weights.files import check_writable, decode_text, read_text, write_beside
@@ -157,15 +159,19 @@ def fingerprint(model: Llama) -> str:
     return digest.hexdigest()
 
 
-def save_cache(path: Path, cache: FreqKVCache, name: str, model: Llama) -> None:
-    """Write a cache, of that name in cli.CACHES, to a safetensors file, whole or not at all."""
-    about = {"cache": name, "model": fingerprint(model)}
+def save_cache(path: Path, cache: FreqKVCache, model: Llama) -> None:
+    """Write a cache to a safetensors file, whole or not at all."""
+    names = {operator: name for name, operator in cli.OPERATORS.items()}
+    about = {"cache": names[cache.operator], "model": fingerprint(model)}
     state = cache.state_dict()
     write_beside(path, lambda to: save_file(state, to, metadata=about))
 
 
-def load_cache(path: Path, name: str, model: Llama) -> FreqKVCache:
-    """The cache in a file by `save_cache`; ValueError for one of another kind or another model."""
+def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
+    """The cache in a file by `save_cache`; ValueError for one of another name or another model.
+
+    name: of those in cli.CACHES; where it is None, what the file says.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--load-cache: was {str(path)!r}, must be a file of --save-cache")
     state = {}
@@ -178,10 +184,12 @@ def load_cache(path: Path, name: str, model: Llama) -> FreqKVCache:
         raise ValueError(f"{path}: was not whole ({error}), must be a saved cache") from None
     if about.get("model") != fingerprint(model):
         raise ValueError(f"{path}: was of another model, adapter or dtype, must be of this one")
-    if about.get("cache") != name:
-        raise ValueError(f"{path}: was of --cache {about.get('cache')}, must be of {name}")
+    saved = about.get("cache")
+    if saved not in cli.OPERATORS or name not in (None, saved):
+        raise ValueError(f"{path}: was of --cache {saved}, must be of {name or 'a known one'}")
+    kind = LevelsCache if LevelsCache.config_name in state else FreqKVCache
     try:
-        return FreqKVCache.from_state(state, cli.OPERATORS[name])
+        return kind.from_state(state, cli.OPERATORS[saved])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -291,8 +299,8 @@ def make_parser() -> cli.Parser:
 
     cache = parser.add_argument_group("cache")
     add = cache.add_argument
-    text = "compressed; the most distinct tokens; sinks and newest; or everything [%(default)s]"
-    add("--cache", choices=cli.CACHES, default="freqkv", help=text)
+    text = "compressed; the most distinct tokens; sinks and newest; or everything"
+    add("--cache", choices=cli.CACHES, help=f"{text} [as tuned; else freqkv]")
     cli.add_schedule_flags(cache)
     add("--save-cache", type=Path, help="write what was read to this file (safetensors)")
     add("--load-cache", type=Path, help="go on from such a file; its settings are the defaults")
@@ -321,7 +329,8 @@ def choose_cache(args: cli.Namespace, model: Llama, tokens: Tensor) -> Cache:
             )
         return FullCache(total)
     if args.load_cache is None:
-        return FreqKVCache(cli.choose_schedule(args, model.config), cli.OPERATORS[args.cache])
+        schedule = cli.choose_schedule(args, model.config)
+        return cli.make_cache(cli.choose_cache(args), schedule, total)
     cache = load_cache(args.load_cache, args.cache, model)
     check_settings(cli.given_settings(args), cache.config)
     if len(tokens) != cache.batch:
@@ -332,10 +341,14 @@ def choose_cache(args: cli.Namespace, model: Llama, tokens: Tensor) -> Cache:
     return cache
 
 
-def check_settings(given: dict[str, int | float], config: FreqKVConfig) -> None:
+def check_settings(given: dict[str, Any], config: cli.Schedule) -> None:
     """ValueError where a setting was given that the loaded cache does not have."""
+    settings = {"schedule": "paper"}
+    if isinstance(config, LevelsConfig):
+        settings = {"schedule": "levels"}
+    settings |= asdict(config)
     for name, value in given.items():
-        saved = getattr(config, name)
+        saved = settings.get(name)
         if value != saved:
             raise ValueError(f"--{name}: was {value}, must be {saved}, as the saved cache has it")
 
@@ -423,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     logits = read(model, tokens, cache, args.chunk, progress=True)
     read_seconds = time.perf_counter() - start
     if args.save_cache is not None:
-        save_cache(args.save_cache, cache, args.cache, model)
+        save_cache(args.save_cache, cache, model)
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     stop_ids = chat_stops(tokenizer) if args.chat else tokenizer.eos_ids

@@ -52,6 +52,11 @@ class LevelsConfig:
         """Levels of two blocks each, as many as fit beside sinks and the newest tokens."""
         return (self.window - self.sinks - self.recent - 2 * self.block) // (2 * self.block)
 
+    @property
+    def stride(self) -> int:
+        """Slots that a round frees: the tokens admitted between two rounds."""
+        return 2 * self.block
+
     def rounds(self, tokens: int) -> int:
         """Rounds that reading `tokens` tokens takes: one for every 2m tokens."""
         beyond = tokens - self.sinks - self.recent - 2 * self.block

@@ -48,6 +48,7 @@ from data import (
     train_tokenizer,
 )
 from freqkv import FreqKVAttention, FreqKVConfig
+from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
@@ -66,10 +67,17 @@ CONFLICTS = [
     ("init", "adapter"),
     ("sft", "data"),
 ]
+LEARNING_RATES = ("constant", "cosine")
 # The defaults of a recipe, where they are others.
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"steps": 1000, "batch_size": 1, "accumulate": 64},
-    "init": {"steps": 1000, "lr": 1e-3, "warmup": 100, "schedule": "cosine", "weight_decay": 0.1},
+    "init": {
+        "steps": 1000,
+        "lr": 1e-3,
+        "warmup": 100,
+        "lr_schedule": "cosine",
+        "weight_decay": 0.1,
+    },
 }
 # What a resumed run may change: what does not bear on the weights.
 FREE = {"out", "full", "merge", "steps", "eval_every", "save_every", "keep_last", "save_dtype"}
@@ -106,10 +114,12 @@ class Settings:
     merge: str | None = None
     # FreqKV
     attention: str = "freqkv"
+    schedule: str = "paper"
     window: int | None = None
     sinks: int = FreqKVConfig.sinks
-    ratio: float = FreqKVConfig.ratio
-    recent: int = FreqKVConfig.recent
+    ratio: float | None = None
+    recent: int | None = None
+    block: int | None = None
     vary: bool = False
     distill: float = 0.0
     # Optimisation
@@ -118,7 +128,7 @@ class Settings:
     accumulate: int = 1
     lr: float = 2e-5
     warmup: int = 20
-    schedule: str = "constant"
+    lr_schedule: str = "constant"
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     seed: int = 0
@@ -184,12 +194,16 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("FreqKV").add_argument
     text = "compressed; the most distinct tokens; sinks and newest; or everything"
     add("--attention", choices=cli.CACHES, help=f"{text} {show_default('attention')}")
+    text = f"rounds of the paper, or a ladder of levels (levels.py) {show_default('schedule')}"
+    add("--schedule", type=schedule_name, help=text)
     text = f"slots N a layer [{FreqKVConfig.window}, or the model's positions if fewer]"
     add("--window", type=count, help=text)
     add("--sinks", type=whole, help=f"first tokens, never compressed {show_default('sinks')}")
-    text = f"share of the span that a round keeps {show_default('ratio')}"
+    text = f"share of the span that a round keeps [{FreqKVConfig.ratio}]"
     add("--ratio", type=cli.real(0, 1), help=text)
-    add("--recent", type=whole, help=f"newest tokens, left as they are {show_default('recent')}")
+    text = f"newest tokens, left as they are [{FreqKVConfig.recent}; levels: window/4]"
+    add("--recent", type=whole, help=text)
+    add("--block", type=count, help="slots of a block of levels [window/64]")
     text = "draw window (all, half or a quarter) and recent (up to half of it) anew for each step"
     add("--vary", action="store_true", help=text)
     text = f"share of the loss that imitates full attention {show_default('distill')}"
@@ -201,8 +215,8 @@ def make_parser() -> cli.Parser:
     add("--accumulate", type=count, help=f"batches a step {show_default('accumulate')}")
     add("--lr", type=real, help=f"learning rate of AdamW {show_default('lr')}")
     add("--warmup", type=whole, help=f"steps until the full rate {show_default('warmup')}")
-    text = f"of the rate, after the warm-up {show_default('schedule')}"
-    add("--schedule", choices=("constant", "cosine"), help=text)
+    text = f"of the rate, after the warm-up {show_default('lr_schedule')}"
+    add("--lr-schedule", choices=LEARNING_RATES, help=text)
     add("--weight-decay", type=real, help=f"of matrices {show_default('weight_decay')}")
     add("--grad-clip", type=real, help=f"longest gradient; 0: any {show_default('grad_clip')}")
     text = f"of random weights and of the order of the data {show_default('seed')}"
@@ -228,6 +242,16 @@ def make_parser() -> cli.Parser:
     text = "of products and frozen weights [bfloat16 on cuda, float32 elsewhere]"
     add("--dtype", choices=("bfloat16", "float32"), help=text)
     return parser
+
+
+def schedule_name(text: str) -> str:
+    """The type of --schedule, which was the learning rate's once."""
+    if text in LEARNING_RATES:
+        raise argparse.ArgumentTypeError(f"was {text}, must be --lr-schedule {text}")
+    if text not in cli.SCHEDULES:
+        names = ", ".join(cli.SCHEDULES)
+        raise argparse.ArgumentTypeError(f"was {text!r}, must be of {names}")
+    return text
 
 
 def show_default(name: str) -> str:
@@ -294,7 +318,7 @@ def check_same(given: dict[str, Any], saved: Settings) -> None:
     for name, value in given.items():
         must = getattr(saved, name)
         # With a cosine, the rate of every step depends on the number of steps.
-        free = name in FREE and not (name == "steps" and saved.schedule == "cosine")
+        free = name in FREE and not (name == "steps" and saved.lr_schedule == "cosine")
         if value != must and not free:
             flag = name.replace("_", "-")
             changes.append(f"--{flag}: was {value}, must be {must}")
@@ -327,18 +351,24 @@ def make_model(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
     return model
 
 
-def choose_attention(name: str, schedule: FreqKVConfig) -> Attend:
+def choose_attention(name: str, schedule: cli.Schedule) -> Attend:
     """The strategy to train with, by its name in cli.CACHES."""
     if name == "full":
         return causal_attention
+    if isinstance(schedule, LevelsConfig):
+        return LevelsAttention(schedule, cli.OPERATORS[name])
     return FreqKVAttention(schedule, cli.OPERATORS[name])
 
 
-def vary_schedule(schedule: FreqKVConfig, seed: int, step: int) -> FreqKVConfig:
+def vary_schedule(schedule: cli.Schedule, seed: int, step: int) -> cli.Schedule:
     """Another window and share of recent tokens for a step: it learns rounds, not one schedule."""
     rng = np.random.default_rng((seed, step, 1))
-    window = schedule.window // int(rng.choice([1, 2, 4]))
+    part = int(rng.choice([1, 2, 4]))
+    window = schedule.window // part
     recent = int(window * rng.choice([0, 1 / 8, 1 / 4, 1 / 2]))
+    if isinstance(schedule, LevelsConfig):
+        block = max(schedule.block // part, 1)
+        return replace(schedule, window=window, recent=recent, block=block)
     return replace(schedule, window=window, recent=recent)
 
 
@@ -468,7 +498,7 @@ def choose_rate(settings: Settings, step: int) -> float:
     """Linear to the full rate at step `warmup`; then constant, or half a cosine towards 0."""
     if step <= settings.warmup:
         return settings.lr * step / settings.warmup
-    if settings.schedule == "constant":
+    if settings.lr_schedule == "constant":
         return settings.lr
     share = (step - settings.warmup) / (settings.steps - settings.warmup + 1)
     return settings.lr * (1 + math.cos(math.pi * share)) / 2
@@ -560,11 +590,12 @@ class Trainer:
     """A run: model, optimizer and data, and the folder that it writes."""
 
     def __init__(
-        self, settings: Settings, model: Llama, schedule: FreqKVConfig, data: Data
+        self, settings: Settings, model: Llama, schedule: cli.Schedule, data: Data
     ) -> None:
         self.settings = settings
         self.model = model
         self.schedule = schedule
+        self.attend = choose_attention(settings.attention, schedule)
         self.data = data
         self.teacher = copy_frozen(model) if settings.distill > 0 else None
         self.trained = {}  # parameters by name
@@ -609,10 +640,10 @@ class Trainer:
         step = self.step + 1
         rows = self.data.choose_rows(settings.seed, step, settings.batch_size * settings.accumulate)
         total = torch.zeros((), device=self.model.norm.weight.device)
-        schedule = self.schedule
+        attend = self.attend
         if settings.vary:
-            schedule = vary_schedule(schedule, settings.seed, step)
-        attend = choose_attention(settings.attention, schedule)
+            varied = vary_schedule(self.schedule, settings.seed, step)
+            attend = choose_attention(settings.attention, varied)
         for part in compute_losses(self.model, attend, rows, settings, self.teacher):
             part.backward()
             total += part.detach()
@@ -655,8 +686,7 @@ class Trainer:
             return
         rows = [held_out[round(i)] for i in np.linspace(0, len(held_out) - 1, count)]
         loss = 0.0
-        attend = choose_attention(self.settings.attention, self.schedule)
-        for part in compute_losses(self.model, attend, rows, self.settings, None):
+        for part in compute_losses(self.model, self.attend, rows, self.settings, None):
             loss += part.item()
         self.evaluation = {"step": self.step, "val_loss": loss}
         text = f"step {self.step}: held-out loss {loss:.4f} nats a token"
@@ -780,8 +810,11 @@ def draw_losses(out: Path) -> str:
 def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None) -> str:
     """Write the adapter or the model; returns the arguments that generate from it."""
     out = Path(settings.out)
-    names = ("attention", "window", "sinks", "ratio", "recent", "seq_len")
-    tuned = {name: getattr(settings, name) for name in names}
+    tuned = {}
+    for name in ("attention", *cli.SETTINGS, "seq_len"):
+        value = getattr(settings, name)
+        if value is not None:
+            tuned[name] = value
     if settings.lora:
         dtype = cli.DTYPES[settings.save_dtype or "float32"]
         save_adapter(model, out / "adapter", settings.model, tuned, dtype)
@@ -812,7 +845,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     if tokenizer is not None:
         tokenizer.check_fits(model.config.vocab_size)
 
-    slots = {name: getattr(settings, name) for name in asdict(cli.DEFAULTS)}
+    slots = {name: getattr(settings, name) for name in cli.SETTINGS}
     schedule = cli.make_schedule(slots, model.config)
     seq_len = settings.seq_len
     if seq_len is None:
@@ -830,7 +863,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
         settings,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        window=schedule.window,
+        **asdict(schedule),
         seq_len=seq_len,
         data_sha256=data.sha256,
     )

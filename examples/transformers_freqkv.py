@@ -11,25 +11,17 @@
 puts a rotation by nothing in place of the positions, so that q and k arrive unrotated at `attend`,
 which hands them to FreqKV with the host's own rotation. The model remembers no text: a
 Conversation does, and travels through the host as its cache.
-
-Time and memory of a token, for SmolLM2: python -m examples.transformers_freqkv
 """
 
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     Cache,
-    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -284,48 +276,3 @@ def check_rows(mask: Any, positions: Tensor | None, seen: int) -> None:
                 f"position_ids: were others than {seen} to {stop - 1}, must go on from the tokens "
                 "that were read, with one text a row"
             )
-
-
-# Time and memory of a token
-
-
-@torch.no_grad()
-def time_token(read: Callable[[Tensor], Any], tokens: int) -> float:
-    """Milliseconds that a token takes once `tokens` of them are read: the median of 16."""
-    text = torch.randint(1000, (1, tokens))
-    for part in text.split(512, dim=1):
-        read(part)
-    times = []
-    for _ in range(16):
-        start = time.perf_counter()
-        read(text[:, :1])
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
-def main(lengths: tuple[int, ...] = (4096, 16384)) -> None:
-    import weights  # for SmolLM2, and for the same weights in model.py
-
-    path = weights.find("smollm2")
-    host = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    own = weights.load_model("smollm2")
-    config = FreqKVConfig(window=2048)
-    for tokens in lengths:
-        full = DynamicCache()
-        ms = time_token(partial(host, **{CACHE: full}), tokens)
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
-        print(f"{tokens} tokens, transformers: {ms:.1f} ms a token, {size / 1e6:.0f} MB")
-
-        attach(host, config)
-        talk = Conversation(config)
-        ms = time_token(partial(host, **{CACHE: talk}), tokens)
-        size = talk.freqkv.nbytes
-        print(f"{tokens} tokens, with FreqKV: {ms:.1f} ms a token, {size / 1e6:.0f} MB")
-        detach(host)
-
-        ms = time_token(partial(own, attend=FreqKVCache(config)), tokens)
-        print(f"{tokens} tokens, model.py with FreqKV: {ms:.1f} ms a token")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,7 @@ tasks `places` and `people` are held out of these.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,101 +24,36 @@ from weights.files import read_text, write_beside
 
 Random = np.random.Generator
 Part = tuple[str, bool]  # text, and whether it is learnt
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
-# Values
-
-FIRST = """Ada Albert Alice Amos Anna Arthur Beatrice Benjamin Cecil Clara Daniel Dora Edgar Edith
-Edwin Ella Ernest Esther Felix Flora Frank George Grace Harold Helen Henry Hugo Ida Irene Isaac Ivy
-Jacob Jane Jasper Joan Joseph Julia Laura Leonard Lewis Lily Louis Lucy Mabel Marcus Martha Martin
-Maud Miriam Nathan Nora Oliver Olive Oscar Paul Peter Philip Ralph Rebecca Robert Rose Rufus Ruth
-Samuel Sarah Silas Simon Sophie Stella Susan Theodore Thomas Ursula Victor Violet Walter
-Wilfred""".split()
-LAST = """Abbott Archer Barlow Barnes Bennett Booth Bowman Brooks Burton Carter Chapman Clarke Coleman
-Cooper Crawford Cross Davies Dawson Dixon Douglas Ellis Farmer Fisher Fletcher Foster Fox Gardner
-Gibson Gordon Graham Grant Gray Griffin Hale Hardy Harper Harvey Hayes Holmes Hudson Hunter Jackson
-Jordan Kemp Knight Lambert Lawson Marsh Mason Miller Morgan Morris Murray Newton Norris Palmer
-Parker Perry Porter Price Quinn Reed Rhodes Russell Sanders Shaw Sharp Slater Spencer Stone Sutton
-Taylor Thorne Tucker Turner Wallace Ward Watts Webb Wells Woods""".split()
-PLACES = """Aberdeen Alexandria Amsterdam Antwerp Athens Baghdad Baltimore Bangkok Barcelona Belfast
-Berlin Birmingham Bombay Bordeaux Boston Bristol Brussels Budapest Cairo Calcutta Cambridge Canton
-Cardiff Chester Chicago Cologne Copenhagen Cork Damascus Delhi Denver Dover Dresden Dublin Edinburgh
-Exeter Florence Frankfurt Geneva Genoa Glasgow Granada Halifax Hamburg Havana Houston Istanbul
-Jerusalem Kingston Kyoto Leeds Leipzig Lima Lisbon Liverpool Lyon Madrid Manchester Marseille
-Melbourne Milan Montreal Moscow Munich Nairobi Naples Norwich Oslo Oxford Palermo Paris Portsmouth
-Prague Quebec Rome Rotterdam Salisbury Santiago Seville Shanghai Singapore Stockholm Sydney Tokyo
-Toronto Turin Utrecht Valencia Vancouver Venice Vienna Warsaw York Zurich""".split()
-THINGS = """anchor apron arrow barrel basket bell blanket bottle box bracelet brush bucket button cabinet
-candle carpet cart casket chain chair chest clock coat coin compass cradle crown cup curtain desk
-diary door drum fan feather flag flute fork gate glove hammer harp hat helmet jar kettle key knife
-ladder lamp lantern letter lock map mask mirror needle oar oven painting pearl pencil piano pillow
-pipe plate purse ring robe rope saddle sail scarf shield shoe spoon statue stove sword table
-telescope tent throne ticket trumpet trunk umbrella vase violin wagon wheel whistle window""".split()
+# Facts
 
 
-def held_out(values: Sequence[str]) -> list[str]:
-    """The values of which no text to train on tells: every fifth."""
-    return list(values[::5])
+def read_words(name: str, test: bool) -> list[str]:
+    """The words of that name: every fifth is kept for testing, the others are taught."""
+    words = " ".join(WORDS[name]).split()
+    kept = words[::5]
+    if test:
+        return kept
+    return [word for word in words if word not in kept]
 
 
-def taught(values: Sequence[str]) -> list[str]:
-    """The other values."""
-    return [value for value in values if value not in held_out(values)]
+def draw_value(rng: Random, kind: str, test: bool = False) -> str:
+    """A number of 2 to 7 digits, a person or a place, of those to teach or to test with."""
+    if kind == "number":
+        digits = int(rng.integers(2, 8))
+        return str(rng.integers(10 ** (digits - 1), 10**digits))
+    if kind == "person":
+        first = rng.choice(read_words("first names", test))
+        last = rng.choice(read_words("last names", test))
+        return f"{first} {last}"
+    return str(rng.choice(read_words("places", test)))
 
 
-def draw_number(rng: Random, test: bool) -> str:
-    return str(rng.integers(10_000, 100_000)) if test else draw_digits(rng, rng.integers(2, 8))
-
-
-def draw_digits(rng: Random, count: int) -> str:
-    """A number of so many digits."""
-    return str(rng.integers(10 ** (count - 1), 10**count))
-
-
-def draw_person(rng: Random, test: bool) -> str:
-    choose = held_out if test else taught
-    return f"{rng.choice(choose(FIRST))} {rng.choice(choose(LAST))}"
-
-
-def draw_place(rng: Random, test: bool) -> str:
-    choose = held_out if test else taught
-    return str(rng.choice(choose(PLACES)))
-
-
-# Templates
-
-
-@dataclass(frozen=True)
-class Template:
-    """A fact about a thing, and a question up to where its answer begins."""
-
-    tell: str
-    ask: str
-    draw: Callable[[Random, bool], str]  # the answer
-
-
-TAUGHT = [
-    Template("The number on the {0} is {1}.", "What is the number on the {0}? It is ", draw_number),
-    Template("The price of the {0} was {1} pounds.", "What was the price of the {0}? The price was ", draw_number),
-    Template("The code of the {0} is {1}. Remember it.", "What is the code of the {0}? The code is ", draw_number),
-    Template("{1} is the secret number of the {0}.", "What is the secret number of the {0}? The secret number of the {0} is ", draw_number),
-    Template("Note: {0} = {1}", "Note: {0} = ", draw_number),
-    Template("They counted {1} steps from the {0} to the sea.", "How many steps was it from the {0} to the sea? They counted ", draw_number),
-    Template("The {0} belongs to {1}.", "To whom does the {0} belong? The {0} belongs to", draw_person),
-    Template("It was {1} who made the {0}.", "Who made the {0}? It was made by", draw_person),
-    Template("The name of the man with the {0} was {1}.", "What was the name of the man with the {0}? His name was", draw_person),
-    Template("{1} stole the {0}.", "Who stole the {0}? It was", draw_person),
-    Template("The {0} was a present from {1}.", "From whom was the {0} a present? It was from", draw_person),
-    Template("The {0} was bought in {1}.", "Where was the {0} bought? It was bought in", draw_place),
-    Template("The {0} comes from {1}.", "Where does the {0} come from? It comes from", draw_place),
-    Template("In {1} there is a famous {0}.", "In which city is the famous {0}? It is in", draw_place),
-    Template("They sent the {0} to {1}.", "Where did they send the {0}? They sent it to", draw_place),
-    Template("The thief was seen in {1} with the {0}.", "Where was the thief seen with the {0}? He was seen in", draw_place),
-]  # fmt: skip
-# What only `experiments.recall` asks for.
-TESTED = {
-    "people": Template("The {0} was found by {1}.", "Who found the {0}? The {0} was found by", draw_person),
-    "places": Template("The {0} is kept in {1}.", "Where is the {0} kept? The {0} is kept in", draw_place),
-}  # fmt: skip
+def fill_template(template: Sequence[str], thing: str, value: str) -> tuple[str, str]:
+    """A fact about a thing, and the question up to where its answer begins."""
+    tell, ask, _ = template
+    return tell.format(thing, value), ask.format(thing)
 
 
 # Rows
@@ -135,16 +69,16 @@ def make_row(
     magnitude are alike. `learnt` is the share of paragraphs that are learnt.
     """
     events: list[tuple[float, str, str]] = []  # when it is due, in tokens; the text; the answer
-    things = rng.choice(taught(THINGS), facts, replace=False)
-    for thing in things:
-        template = TAUGHT[rng.integers(len(TAUGHT))]
-        answer = template.draw(rng, False)
+    for thing in rng.choice(read_words("things", False), facts, replace=False):
+        template = WORDS["taught"][rng.integers(len(WORDS["taught"]))]
+        answer = draw_value(rng, template[2])
+        fact, question = fill_template(template, thing, answer)
         told = rng.uniform(0, length - 96)
-        events.append((told, template.tell.format(thing, answer), ""))
+        events.append((told, fact, ""))
         for _ in range(2):
             longest = (length - 48 - told) / 32  # in units of the shortest
             asked = told + 32 * longest ** rng.random()
-            events.append((asked, template.ask.format(thing), answer))
+            events.append((asked, question, answer))
     events.sort()
     parts: list[Part] = []
     count = 0  # tokens so far
@@ -194,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", nargs="+", metavar="PATH", required=True, help="text files, folders, patterns")
     add("--rows", type=integer(1), default=1000, help="texts to make [%(default)s]")
     add("--length", type=integer(256), default=2048, help="tokens of each [%(default)s]")
-    add("--facts", type=integer(1, 80), default=12, help="told in each [%(default)s]")
+    add("--facts", type=integer(1, 70), default=12, help="told in each [%(default)s]")
     text = "share of the paragraphs that are learnt [%(default)s]"
     add("--learnt", type=cli.real(0, 1), default=0.03, help=text)
     add("--seed", type=integer(0), default=0, help="of what is drawn at random [%(default)s]")

@@ -6,7 +6,7 @@ out. All of them read through one path, in parts, so memory does not depend on t
 
 import hashlib
 import math
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ import cli
 from data import by_content, data_files, encode_document, map_bin
 from experiments.operators import average, by_layer, high
 from experiments.report import Journal, Record, mean_interval
-from freqkv import FreqKVCache, FreqKVConfig
+from freqkv import FreqKVConfig
 from generate import encode_text, fingerprint, read_parts
-from model import Attend, FullCache, Llama
+from levels import LevelsConfig
+from model import Attend, FullCache, Llama, LlamaConfig
 from weights import Tokenizer
 from weights.files import read_text
 
@@ -96,28 +97,38 @@ class Strategy:
     """What holds the past, and how much of it."""
 
     name: str
-    schedule: FreqKVConfig | None  # of its slots; None: it holds everything
+    schedule: cli.Schedule | None  # of its slots; None: it holds everything
     layer_ratios: tuple[float, ...] = ()  # in place of the schedule's ratio, one for each layer
 
     def make_cache(self, capacity: int) -> Attend:
         """An empty cache, for a text of `capacity` tokens."""
         if self.schedule is None:
             return FullCache(capacity)
-        if self.layer_ratios:
+        if self.layer_ratios and isinstance(self.schedule, FreqKVConfig):
             return by_layer(self.schedule, self.layer_ratios)
-        return FreqKVCache(self.schedule, OPERATORS[self.name])
+        return cli.make_slots(self.schedule, OPERATORS[self.name])
 
     def settings(self) -> dict[str, Any]:
         """The settings that a record carries; those of slots mean nothing to the full cache."""
         if self.schedule is None:
             return {}
         settings = asdict(self.schedule)
+        if isinstance(self.schedule, LevelsConfig):
+            settings["schedule"] = "levels"
         if self.layer_ratios:
             settings["ratio"] = list(self.layer_ratios)
         return settings
 
 
-def make_strategies(names: Sequence[str], schedule: FreqKVConfig) -> list[Strategy]:
+def choose_paper_schedule(args: Namespace, model: LlamaConfig) -> FreqKVConfig:
+    """The schedule that the flags give; ValueError unless it is the paper's."""
+    schedule = cli.choose_schedule(args, model)
+    if not isinstance(schedule, FreqKVConfig):
+        raise ValueError("--schedule: was levels, must be paper here")
+    return schedule
+
+
+def make_strategies(names: Sequence[str], schedule: cli.Schedule) -> list[Strategy]:
     """The strategies of these names, all with as many slots."""
     strategies = []
     for name in names:

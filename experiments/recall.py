@@ -30,10 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from experiments import harness, report
+from experiments import facts, harness, report
 from experiments.harness import Document, Strategy
 from experiments.report import Record
-from freqkv import FreqKVConfig
 from generate import read_parts
 from model import Attend, Llama
 from weights import Tokenizer
@@ -98,7 +97,30 @@ def assignment(rng: Random) -> Task:  # for a model of Python's source
     return Task([f"PASS_KEY = {key}"], "assert PASS_KEY == ", key)
 
 
-TASKS = {task.__name__: task for task in (passkey, multikey, multivalue, tracking, assignment)}
+def people(rng: Random) -> Task:
+    return held_out_fact(rng, "people")
+
+
+def places(rng: Random) -> Task:
+    return held_out_fact(rng, "places")
+
+
+def held_out_fact(rng: Random, name: str) -> Task:
+    """Two facts of a template, of things and values, that `experiments.facts` never writes."""
+    template = facts.WORDS["tested"][name]
+    things = rng.choice(facts.read_words("things", test=True), 2, replace=False)
+    told = []
+    for thing in things:
+        value = facts.draw_value(rng, template[2], test=True)
+        fact, question = facts.fill_template(template, thing, value)
+        told.append(fact)
+    return Task(told, f"{question} ", value)
+
+
+TASKS = {
+    task.__name__: task
+    for task in (passkey, multikey, multivalue, tracking, assignment, people, places)
+}
 
 
 # Trials
@@ -111,7 +133,7 @@ class Trial:
     ask: Tensor  # [n]: the question, and the answer last
     answer: int  # tokens of the answer
 
-    def rounds(self, schedule: FreqKVConfig, distance: int) -> int:
+    def rounds(self, schedule: cli.Schedule, distance: int) -> int:
         """Rounds of compression between the end of the last fact and the answer."""
         read = self.end + distance + len(self.ask) - self.answer
         return schedule.rounds(read) - schedule.rounds(self.end)
@@ -122,19 +144,19 @@ Trials = dict[tuple[str, int], Trial]  # by task and number
 
 def make_trial(
     task: str, number: int, texts: Sequence[Document], tokenizer: Tokenizer,
-    schedule: FreqKVConfig, longest: int, seed: int = 0, bos: bool = True,
+    schedule: cli.Schedule, longest: int, seed: int = 0, bos: bool = True,
 ) -> Trial:  # fmt: skip
     """The trial of that number, for distances up to `longest`; ValueError if no text is as long."""
     rng = np.random.default_rng((seed, number))
     said = TASKS[task](rng)
-    facts = [encode(tokenizer, f"\n{fact}\n") for fact in said.facts]
+    told = [encode(tokenizer, f"\n{fact}\n") for fact in said.facts]
     question = encode(tokenizer, f"\n{said.question}")
     ask = encode(tokenizer, f"\n{said.question}{said.answer}")
-    end = place_end(number, sum(len(fact) + GAP for fact in facts), schedule, seed)
+    end = place_end(number, sum(len(fact) + GAP for fact in told), schedule, seed)
     without = draw_text(rng, texts, end + longest, longest, tokenizer.bos_id if bos else None)
     planted = without.clone()
     stop = end
-    for fact in reversed(facts):
+    for fact in reversed(told):
         planted[stop - len(fact) : stop] = fact
         stop -= len(fact) + GAP
     known = 0  # tokens of the question alone: a tokenizer may join its end to the answer
@@ -147,7 +169,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer.encode(text, bos=False))
 
 
-def place_end(number: int, block: int, schedule: FreqKVConfig, seed: int) -> int:
+def place_end(number: int, block: int, schedule: cli.Schedule, seed: int) -> int:
     """Where the last fact of a trial ends, when all of them take `block` tokens.
 
     On one of the `stride` tokens that end the first window, or later where they leave no room: what

@@ -327,6 +327,23 @@ def test_records_are_conversations(monkeypatch):
         assert answer == {"role": "assistant", "content": "b"}
 
 
+def test_parts_of_a_text_are_learnt_or_not(tokenizer):
+    record = {"parts": [["She said", False], [" yes", True], [" and no.", False]]}
+    segments = data.encode_record(record, tokenizer)
+    assert [is_learnt for _, is_learnt in segments] == [False, True, False]
+    assert segments[0][0] == tokenizer.encode("She said")
+    assert segments[1][0] == tokenizer.encode(" yes", bos=False)
+    assert segments[2][0] == tokenizer.encode(" and no.", bos=False)
+
+
+@pytest.mark.parametrize(
+    "parts", [[], "text", ["text"], [["text"]], [["text", 1]], [[3, True]], [["\ud800", True]]]
+)
+def test_bad_parts(tokenizer, parts):
+    with pytest.raises(ValueError, match=r"parts?: was .*, must be "):
+        data.encode_record({"parts": parts}, tokenizer)
+
+
 def test_labels_are_on_answers_alone(tokenizer, tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(RECORDS))
     rows = data.read_records(tmp_path / "x.json", tokenizer, 100, 0.4)

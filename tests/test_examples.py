@@ -27,6 +27,7 @@ from tests.helpers import (
 
 transformers = pytest.importorskip("transformers", minversion="5.5")
 example = importlib.import_module("examples.transformers_freqkv")
+time_transformers = importlib.import_module("examples.time_transformers")
 CACHE, FAMILIES, Conversation = example.CACHE, example.FAMILIES, example.Conversation
 attach, detach = example.attach, example.detach
 
@@ -414,7 +415,7 @@ def test_smollm2_through_both_loaders():
 @pytest.mark.slow
 def test_time_and_memory_of_a_token(capsys):
     smollm2_path()
-    example.main((600,))
+    time_transformers.main((600,))
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "600 tokens, transformers",

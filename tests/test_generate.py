@@ -3,6 +3,7 @@
 Run: pytest tests/test_generate.py
 """
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import generate
 from cli import OPERATORS
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from generate import Sampling
+from levels import LevelsAttention, LevelsConfig
 from model import FullCache, Llama
 from tests.helpers import ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
 from weights import load_model, load_tokenizer, save_model
@@ -196,6 +198,59 @@ def test_a_saved_cache_continues_the_text(script, checkpoint, tmp_path, cache):
     assert "of 32 slots" in asked.err
 
 
+def test_a_text_is_read_and_saved_on_levels(script, checkpoint, tmp_path):
+    """What is written after --load-cache is what the parallel form continues both texts with."""
+    file = tmp_path / "book.safetensors"
+    levels = ("--schedule", "levels", "--recent", 8, "--block", 2)
+    flags = ("--cache", "distinct", "--temperature", "0")
+    saved = script(
+        "--prompt", STORY, "--save-cache", file, "--max-new-tokens", "0", *flags, *levels
+    )
+    assert saved.code == 0
+    asked = script("--prompt", "Q: why?", "--load-cache", file, "--temperature", "0")
+    assert asked.code == 0, asked.err
+
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    text = tokenizer.encode(STORY) + tokenizer.encode("Q: why?", bos=False)
+    attend, made = LevelsAttention(LevelsConfig(32, 4, 8, 2), OPERATORS["distinct"]), []
+    for _ in range(12):
+        with torch.no_grad():
+            token = model(torch.tensor([text + made]), attend)[0, -1].argmax().item()
+        made.append(token)
+    assert asked.out == "".join(tokenizer.stream(iter(made), text)) + "\n"
+    ask = ("--prompt", "why?", "--load-cache", file)
+    fails(script(*ask, "--schedule", "paper"), "--schedule: was paper, must be levels, as the sav")
+    fails(script(*ask, "--block", "3"), "--block: was 3, must be 2, as the saved cache has it")
+    assert script(*ask, *levels).code == 0
+
+
+def test_a_ladder_as_wide_as_the_window(checkpoint, capsys):
+    flags = ["--model", str(checkpoint), "--prompt", STORY, "--device", "cpu", "--window", "128"]
+    generate.main([*flags, "--schedule", "levels", "--max-new-tokens", "1"])
+    config = LevelsConfig(128, 4, 32, 2)
+    tokens = len(load_tokenizer(checkpoint).encode(STORY))
+    assert f"{config.slots(tokens)} of 128 slots" in capsys.readouterr().err
+
+
+def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    made = []
+    make_cache = generate.cli.make_cache
+
+    def note(name, *rest):
+        made.append(name)
+        return make_cache(name, *rest)
+
+    monkeypatch.setattr(generate.cli, "make_cache", note)
+    for tuned in ("distinct", "window", "full", "other"):
+        (tmp_path / "tuned/freqkv.json").write_text(json.dumps({"attention": tuned}))
+        flags = ["--model", str(tmp_path / "tuned"), "--prompt", "a", "--max-new-tokens", "1"]
+        generate.main([*flags, "--device", "cpu"])
+        generate.main([*flags, "--device", "cpu", "--cache", "freqkv"])
+    assert made[::2] == ["distinct", "window", "freqkv", "freqkv"]
+    assert set(made[1::2]) == {"freqkv"}
+
+
 def test_settings_of_a_tuned_model_are_the_defaults(checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "tuned")
     (tmp_path / "tuned/freqkv.json").write_text('{"window": 20, "sinks": 1, "attention": "freqkv"}')
@@ -293,7 +348,8 @@ def test_help_names_every_flag(script):
     ran = script("--help")
     assert ran.code == 0
     flags = """model prompt prompt-file max-new-tokens temperature top-k top-p seed num-samples chat
-        cache window sinks ratio recent chunk save-cache load-cache adapter device dtype"""
+        cache schedule window sinks ratio recent block chunk save-cache load-cache adapter device
+        dtype"""
     for flag in flags.split():
         assert re.search(rf"(?m)^  --{flag}(?![-\w])", ran.out), flag
 
@@ -338,6 +394,9 @@ def fails(ran, says):
         (["--top-p", "0"], "--top-p: was '0'"),
         (["--top-k", "0"], "--top-k: was '0'"),
         (["--chunk", "0"], "--chunk: was '0'"),
+        (["--block", "2"], "--block: was 2, must be without --schedule paper"),
+        (["--schedule", "levels", "--ratio", "0.25"], "--ratio: was 0.25, must be without --sched"),
+        (["--schedule", "levels", "--block", "16"], "window: was 32, must be at least .* 76"),
         (
             ["--cache", "full", "--prompt", STORY * 3],
             r"--cache full: .* were \d+, .* 600 positions",

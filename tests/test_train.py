@@ -25,6 +25,7 @@ from torch.testing import assert_close
 import train
 from data import IGNORE
 from freqkv import FreqKVAttention, FreqKVConfig, distinct, lowband, newest
+from levels import LevelsAttention, LevelsConfig
 from lora import load_adapter
 from model import causal_attention
 from tests.helpers import ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
@@ -131,9 +132,10 @@ GIVEN = [
     ("--model", "x"), ("--tokenizer", "x"), ("--adapter", "x"), ("--data", ["x", "y"]),
     ("--bin-dtype", "uint32"), ("--sft", "x"), ("--seq-len", 3), ("--val-share", 0.25),
     ("--rank", 3), ("--alpha", 3.0), ("--train", "x"), ("--attention", "distinct"),
-    ("--window", 3), ("--sinks", 3), ("--ratio", 0.25), ("--recent", 3), ("--distill", 0.25),
+    ("--window", 3), ("--schedule", "levels"), ("--block", 3), ("--vary", True),
+    ("--sinks", 3), ("--ratio", 0.25), ("--recent", 3), ("--distill", 0.25),
     ("--steps", 3), ("--batch-size", 3), ("--accumulate", 3), ("--lr", 0.25), ("--warmup", 3),
-    ("--schedule", "cosine"), ("--weight-decay", 0.25), ("--grad-clip", 0.25), ("--seed", 3),
+    ("--lr-schedule", "cosine"), ("--weight-decay", 0.25), ("--grad-clip", 0.25), ("--seed", 3),
     ("--out", "x"), ("--eval-every", 3), ("--eval-rows", 3), ("--save-every", 3),
     ("--keep-last", 3), ("--save-dtype", "float32"), ("--device", "x"), ("--dtype", "bfloat16"),
     ("--full", True), ("--lora", True), ("--checkpointing", True), ("--no-checkpointing", False),
@@ -163,14 +165,14 @@ def test_defaults_by_recipe(tmp_path):
     paper = settings_of("--model", "x/llama.gguf", "--lora")
     expected = {"rank": 8, "alpha": 16, "train": "embed,norm", "lr": 2e-5, "warmup": 20}
     expected |= {"schedule": "constant", "weight_decay": 0, "steps": 1000, "checkpointing": True}
-    expected |= {"out": "runs/llama-lora", "sinks": 4, "ratio": 0.5, "recent": 0}
+    expected |= {"out": "runs/llama-lora", "sinks": 4, "schedule": "paper"}
     assert expected.items() <= train.asdict(paper).items()
     assert paper.batch_size * paper.accumulate == 64
     assert settings_of("--lora", "--steps", 3).steps == 3
     assert settings_of().out == "runs/tiny-full"
     assert settings_of("--sft", "x.json", "--lora").out == "runs/tiny-lora-sft"
     scratch = settings_of("--init", tmp_path / "shape/config.json")
-    assert (scratch.out, scratch.schedule, scratch.warmup) == ("runs/shape-init", "cosine", 100)
+    assert (scratch.out, scratch.lr_schedule, scratch.warmup) == ("runs/shape-init", "cosine", 100)
 
 
 def test_window_and_length_are_chosen_from_the_model(checkpoint, text_file, tmp_path):
@@ -202,6 +204,28 @@ def test_attention(name):
     else:
         assert attend.config == schedule
         assert attend.operator is {"freqkv": lowband, "distinct": distinct, "window": newest}[name]
+
+
+def test_attention_on_levels():
+    schedule = LevelsConfig(32, 2, 4, 2)
+    attend = train.choose_attention("distinct", schedule)
+    assert isinstance(attend, LevelsAttention)
+    assert (attend.config, attend.operator) == (schedule, distinct)
+
+
+@pytest.mark.parametrize("schedule", [FreqKVConfig(64, 2, 0.5, 3), LevelsConfig(64, 2, 4, 4)])
+def test_a_varied_schedule_is_another_for_another_step(schedule):
+    seen = [train.vary_schedule(schedule, seed=0, step=step) for step in range(60)]
+    assert seen == [train.vary_schedule(schedule, seed=0, step=step) for step in range(60)]
+    assert {varied.window for varied in seen} == {64, 32, 16}
+    shares = {(varied.window, varied.recent * 8 // varied.window) for varied in seen}
+    assert {share for _, share in shares} == {0, 1, 2, 4}
+    assert len(shares) == 12
+    assert {varied.sinks for varied in seen} == {2}
+
+
+def test_the_old_meaning_of_schedule_is_named(fail):
+    assert "--schedule: was cosine, must be --lr-schedule cosine" in fail("--schedule", "cosine")
 
 
 @pytest.mark.parametrize("flag", ["--checkpointing", "--no-checkpointing"])
@@ -410,14 +434,14 @@ def test_learning_rate(checkpoint, tokens_file, tmp_path, succeed):
     settings = train.Settings("", lr=2.0, warmup=4, steps=12)
     rates = [train.choose_rate(settings, step) for step in range(1, 13)]
     assert rates == [0.5, 1, 1.5] + [2.0] * 9
-    settings = train.replace(settings, schedule="cosine")
+    settings = train.replace(settings, lr_schedule="cosine")
     rates = [train.choose_rate(settings, step) for step in range(1, 13)]
     assert rates[:4] == [0.5, 1, 1.5, 2]
     assert rates[7] == pytest.approx(1 + math.cos(math.pi * 4 / 9))
     assert 0 < rates[-1] < 0.1
     assert train.choose_rate(train.replace(settings, warmup=0), 12) > 0
     out = tmp_path / "run"
-    succeed(*flags(checkpoint, tokens_file, out, "--warmup", 2, "--schedule", "cosine"))
+    succeed(*flags(checkpoint, tokens_file, out, "--warmup", 2, "--lr-schedule", "cosine"))
     assert list(values(out, "lr").values()) == pytest.approx([0.005, 0.01, 0.005])
 
 
@@ -448,7 +472,8 @@ def test_a_run_leaves_what_it_says(checkpoint, text_file, tmp_path, succeed):
     )
     load_tokenizer(out / "model").check_fits(model.config.vocab_size)
     assert json.loads((out / "model/freqkv.json").read_text()) == {
-        "attention": "freqkv", "window": 16, "sinks": 2, "ratio": 0.5, "recent": 0, "seq_len": 40
+        "attention": "freqkv", "window": 16, "sinks": 2, "ratio": 0.5, "recent": 0, "seq_len": 40,
+        "schedule": "paper",
     }  # fmt: skip
 
 
@@ -810,7 +835,7 @@ def test_resuming_a_cosine_with_other_steps_is_refused(
     checkpoint, tokens_file, tmp_path, succeed, fail
 ):
     out = tmp_path / "run"
-    succeed(*flags(checkpoint, tokens_file, out, "--schedule", "cosine"))
+    succeed(*flags(checkpoint, tokens_file, out, "--lr-schedule", "cosine"))
     assert "--steps: was 9, must be 3" in fail("--out", out, "--resume", "--steps", 9)
     succeed("--out", out, "--resume", "--steps", 3)
 
