@@ -133,13 +133,13 @@ def new_model(task: Task, positions: int, seed: int) -> Llama:
     return model
 
 
-def make_strategies(slots: int) -> dict[str, Attend]:
-    """How a layer attends, by name: to everything, or to so many slots."""
+def make_strategies(slots: int, ratio: float = 0.5) -> dict[str, Attend]:
+    """How a layer attends, by name: to everything, or to so many slots. A level always halves."""
     quarter = slots // 4
     ladder = LevelsConfig(slots, sinks=4, recent=quarter, block=max(slots // 16, 1))
-    plain = FreqKVConfig(slots, sinks=4, ratio=0.5)
-    some_recent = FreqKVConfig(slots, sinks=4, ratio=0.5, recent=quarter)
-    half_recent = FreqKVConfig(slots, sinks=4, ratio=0.5, recent=2 * quarter)
+    plain = FreqKVConfig(slots, sinks=4, ratio=ratio)
+    some_recent = FreqKVConfig(slots, sinks=4, ratio=ratio, recent=quarter)
+    half_recent = FreqKVConfig(slots, sinks=4, ratio=ratio, recent=2 * quarter)
     return {
         "full": causal_attention,
         "newest": FreqKVAttention(plain, newest),
@@ -240,6 +240,8 @@ def add_flags(parser: cli.Parser) -> None:
     add("--seeds", type=integer(1), default=1, help="models of each strategy [%(default)s]")
     add("--steps", type=integer(1), default=800, help="of training, each [%(default)s]")
     add("--slots", type=integer(16), default=64, help="of all strategies but full [%(default)s]")
+    text = "share of the span that a round keeps [%(default)s]"
+    add("--ratio", type=cli.real(0, 1), default=0.5, help=text)
     add("--facts", type=cli.several(integer(1, 64)), default="8", metavar="N,N",
         help="facts in a text, with commas [%(default)s]")  # fmt: skip
     add("--train-length", type=integer(64), default=256, help="tokens [%(default)s]")
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.plot:
         report.check_plots()
-    strategies = make_strategies(args.slots)
+    strategies = make_strategies(args.slots, args.ratio)
     names = list(strategies)
     if args.strategies is not None:
         names = args.strategies.split(",")
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         if 4 * facts > args.train_length // 4:
             raise ValueError(f"--facts: was {facts}, must be at most 1/16 of --train-length")
     folder = report.open_folder(args.out, "associative", "small")
-    about = (args.slots, args.steps, args.train_length, args.structured, lengths)
+    about = (args.slots, args.ratio, args.steps, args.train_length, args.structured, lengths)
     journal = report.Journal(folder / "associative.journal.jsonl", about)
 
     runs = []

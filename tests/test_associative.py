@@ -69,6 +69,12 @@ def test_every_strategy_trains_and_is_tested(name):
     assert all(0 <= record["accuracy"] <= 1 for record in records)
 
 
+def test_the_ratio_is_that_of_all_but_levels():
+    for name, attend in make_strategies(64, ratio=0.25).items():
+        config = getattr(attend, "config", None)
+        assert config is None or getattr(config, "ratio", 0.25) == 0.25, name
+
+
 @pytest.mark.slow
 def test_full_attention_learns_the_task():
     torch.manual_seed(0)
@@ -112,6 +118,7 @@ def test_a_run_writes_its_table_and_goes_on(tmp_path, capsys, monkeypatch):
         (["--strategies", "lowband,best"], "--strategies: was 'best', must be of full, newest"),
         (["--facts", "30"], "--facts: was 30, must be at most 1/16 of --train-length"),
         (["--slots", "8"], "--slots: was '8'"),
+        (["--ratio", "1"], "ratio: was 1.0"),
     ],
 )
 def test_bad_flags(outcome, tmp_path, flags, says):
