@@ -298,10 +298,13 @@ def make_schedule(
     ValueError for a window that is longer than these, or a setting of another schedule.
     """
     settings = dict(tuned or {})
+    tuned_kind = settings.get("schedule", "paper")
+    kind = given.get("schedule") or tuned_kind
+    if kind != tuned_kind:
+        settings.pop("recent", None)  # which means another thing there
     for name, value in given.items():
         if value is not None:
             settings[name] = value
-    kind = settings.get("schedule", "paper")
     if kind not in SCHEDULES:
         raise ValueError(f"schedule: was {kind!r}, must be of {', '.join(SCHEDULES)}")
     known = {field.name for field in fields(SCHEDULES[kind])}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import generate
-from cli import OPERATORS
+from cli import OPERATORS, make_schedule
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from generate import Sampling
 from levels import LevelsAttention, LevelsConfig
@@ -230,6 +230,18 @@ def test_a_ladder_as_wide_as_the_window(checkpoint, capsys):
     config = LevelsConfig(128, 4, 32, 2)
     tokens = len(load_tokenizer(checkpoint).encode(STORY))
     assert f"{config.slots(tokens)} of 128 slots" in capsys.readouterr().err
+
+
+def test_settings_of_one_schedule_are_not_those_of_another():
+    model = tiny_config(max_position_embeddings=600)
+    rounds = {"window": 64, "sinks": 2, "ratio": 0.25, "recent": 40}
+    assert make_schedule({}, model, rounds) == FreqKVConfig(64, 2, 0.25, 40)
+    assert make_schedule({"schedule": "levels"}, model, rounds) == LevelsConfig(64, 2, 16, 1)
+    levels = {"schedule": "levels", "window": 64, "sinks": 2, "recent": 8, "block": 4}
+    assert make_schedule({"block": 2}, model, levels) == LevelsConfig(64, 2, 8, 2)
+    assert make_schedule({"schedule": "paper"}, model, levels) == FreqKVConfig(64, 2)
+    with pytest.raises(ValueError, match="schedule: was 'other', must be of paper, levels"):
+        make_schedule({}, model, {"schedule": "other"})
 
 
 def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeypatch):
