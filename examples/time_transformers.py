@@ -1,59 +1,57 @@
-"""Time and memory of a token of SmolLM2 in transformers, with and without FreqKV, and in model.py.
+"""Time and memory of a token of SmolLM2: in transformers, with FreqKV attached, and in model.py.
 
-python -m examples.time_transformers 4096 16384
+    python -m examples.time_transformers                  # after 4096, 16384 and 65536 tokens
+
+The caches are filled with random keys and values, which cost what real ones cost. The three take
+turns, so that what else the machine does falls on all of them alike.
 """
 
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from statistics import median
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
 
 import weights
-from examples.transformers_freqkv import CACHE, Conversation, attach, detach
-from freqkv import FreqKVCache, FreqKVConfig
+from examples.transformers_freqkv import Conversation, attach, detach
+from experiments import peers
+from experiments.speed import WARM, time_tokens
+from freqkv import FreqKVConfig
+
+TOKENS = 8  # timed in each turn
+TURNS = 4
 
 
 @torch.no_grad()
-def time_token(read: Callable[[Tensor], Any], tokens: int) -> float:
-    """Milliseconds that a token takes once `tokens` of them are read: the median of 16."""
-    text = torch.randint(1000, (1, tokens))
-    for part in text.split(512, dim=1):
-        read(part)
-    times = []
-    for _ in range(16):
-        start = time.perf_counter()
-        read(text[:, :1])
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
 def main(lengths: Sequence[int]) -> None:
-    path = weights.find("smollm2")
-    host = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    own = weights.load_model("smollm2")
+    model = weights.load_model("smollm2")
+    host = peers.make_twin(model)
     config = FreqKVConfig(window=2048)
     for tokens in lengths:
-        full = DynamicCache()
-        ms = time_token(partial(host, **{CACHE: full}), tokens)
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
-        print(f"{tokens} tokens, transformers: {ms:.1f} ms a token, {size / 1e6:.0f} MB")
-
-        attach(host, config)
+        # All slots are taken when the last token has been timed, and no round comes before.
+        rounds = max(0, tokens - config.window) // config.stride
+        end = config.window + rounds * config.stride
+        start = end - TURNS * (WARM + TOKENS)
+        own = peers.fill_freqkv_cache(model, start, config)
         talk = Conversation(config)
-        ms = time_token(partial(host, **{CACHE: talk}), tokens)
-        size = talk.freqkv.nbytes
-        print(f"{tokens} tokens, with FreqKV: {ms:.1f} ms a token, {size / 1e6:.0f} MB")
-        detach(host)
-
-        ms = time_token(partial(own, attend=FreqKVCache(config)), tokens)
-        print(f"{tokens} tokens, model.py with FreqKV: {ms:.1f} ms a token")
+        talk.freqkv = peers.fill_freqkv_cache(model, start, config)
+        full = peers.fill_their_cache(model, tokens)
+        times: dict[str, list[float]] = {"transformers": [], "with FreqKV": [], "model.py": []}
+        for _ in range(TURNS):
+            step = peers.make_their_step(host, full)
+            times["transformers"] += time_tokens(step, TOKENS, torch.device("cpu"))
+            attach(host, config)
+            step = peers.make_their_step(host, talk)
+            times["with FreqKV"] += time_tokens(step, TOKENS, torch.device("cpu"))
+            detach(host)
+            step = peers.make_step(model, own)
+            times["model.py"] += time_tokens(step, TOKENS, torch.device("cpu"))
+        full_bytes = peers.count_cache_bytes(model, tokens)
+        sizes = [full_bytes, talk.freqkv.nbytes, own.nbytes]
+        for (name, seconds), size in zip(times.items(), sizes, strict=True):
+            ms = 1000 * median(seconds)
+            print(f"{tokens:,} tokens, {name}: {ms:.1f} ms a token, {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [4096, 16384])
+    main([int(argument) for argument in sys.argv[1:]] or [4096, 16384, 65536])

@@ -420,7 +420,7 @@ def test_time_and_memory_of_a_token(capsys):
     assert [line.partition(":")[0] for line in lines] == [
         "600 tokens, transformers",
         "600 tokens, with FreqKV",
-        "600 tokens, model.py with FreqKV",
+        "600 tokens, model.py",
     ]
     assert lines[0].endswith(" MB")
 
