@@ -122,11 +122,14 @@ def _lowpass_by_fft(x: Tensor, keep: int) -> Tensor:
 # Building the matrices, in float64 on the CPU
 
 
-# A compiler that looked inside would build the matrix anew at each call.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matrix(build: MatrixBuilder, n: int, keep: int, dtype: torch.dtype, device: Device) -> Tensor:
     """What `build(n, keep)` makes, once for each dtype and device."""
     return _cached_matrix(build, n, keep, dtype, torch.device(device))
+
+
+# A compiler that looked inside would build the matrix anew at each call. This mark is what
+# torch.compiler.assume_constant_result sets; calling that imports the compiler, for two seconds.
+_matrix._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)

@@ -152,7 +152,10 @@ def compress(
     sink_values, span_values, recent_values = torch.split(values, sizes, dim=2)
     kept_keys, kept_values = operator(span_keys, span_values, config.keep)
     if kept_keys.shape[2] != config.keep or kept_values.shape[2] != config.keep:
-        raise ValueError(f"operator: gave {kept_keys.shape[2]} slots, must give {config.keep}")
+        raise ValueError(
+            f"operator: gave {kept_keys.shape[2]} keys and {kept_values.shape[2]} values, "
+            f"must give {config.keep} of each"
+        )
     keys = torch.cat((sink_keys, kept_keys, recent_keys), dim=2)  # [B, K, N - stride, D]
     values = torch.cat((sink_values, kept_values, recent_values), dim=2)
     return keys, values

@@ -458,6 +458,18 @@ def test_round_of_a_half_type_cache_rounds_once():
     assert torch.equal(after[:, :, CONFIG.sinks :][:, :, : CONFIG.keep], low)
 
 
+@pytest.mark.parametrize("more", [(1, 0), (0, 1), (1, 1)])
+def test_an_operator_that_gives_another_number_of_slots_is_refused(more):
+    def wrong(keys, values, keep):
+        return keys[:, :, : keep + more[0]], values[:, :, : keep + more[1]]
+
+    for form in (FreqKVAttention(CONFIG, wrong), FreqKVCache(CONFIG, wrong)):
+        with pytest.raises(
+            ValueError, match=r"operator: gave \d+ keys and \d+ values, must give 5"
+        ):
+            form(0, *random_qkv(40), plain_rope)
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_cache_refuses_inputs_that_need_gradients(which):
     cache, qkv = FreqKVCache(CONFIG), random_qkv(50)

@@ -255,6 +255,20 @@ def test_slots_that_do_not_move_are_left_as_they_are():
             assert torch.equal(after["k.0"][:, :, :same], before["k.0"][:, :, :same])
 
 
+def test_a_round_turns_keys_in_float32():
+    """So that a half type is rounded once, at its end."""
+    dtypes = set()
+
+    def rope(x, start=0, inverse=False):
+        if inverse:
+            dtypes.add(x.dtype)
+        return plain_rope(x, start, inverse)
+
+    cache = LevelsCache(CONFIG)
+    cache(0, *random_qkv(200, dtype=torch.bfloat16), rope)
+    assert dtypes == {torch.float32}
+
+
 def test_compact_halves_pairs_of_blocks_side_by_side():
     keys, values = random_qkv(2 + 3 * 6 + 3)[1:]
     new_keys, new_values = compact(keys, values, CONFIG, full=2)

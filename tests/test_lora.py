@@ -684,5 +684,7 @@ def test_the_built_in_adapter():
             logits = model(tokens)
         losses.append(F.cross_entropy(logits[0, :-1], tokens[0, 1:]).item())
     assert losses[1] < losses[0] - 0.03
-    config = cli.make_schedule(cli.tuned_settings("smollm2", "smollm2-freqkv"), model.config)
-    assert config == FreqKVConfig(window=2048, sinks=4, ratio=0.5, recent=1536)
+    tuned = cli.tuned_settings("smollm2", "smollm2-freqkv")
+    assert tuned["attention"] == "distinct"
+    config = cli.make_schedule({}, model.config, tuned)
+    assert config == FreqKVConfig(window=1024, sinks=4, ratio=0.5, recent=0)

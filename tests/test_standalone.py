@@ -188,3 +188,9 @@ def test_scripts_run_the_modules_of_their_own_checkout(command, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "the other clone" not in run.stderr
     assert run.stdout.startswith("usage:")
+
+
+def test_the_compiler_is_not_imported_by_those_who_do_not_compile():
+    """It takes two seconds of every start."""
+    code = "import sys, generate, train, levels; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
