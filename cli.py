@@ -259,7 +259,7 @@ def choose_schedule(args: Namespace, model: LlamaConfig) -> Schedule:
     return make_schedule(given_settings(args), model, tuned)
 
 
-def choose_cache(args: Namespace) -> str:
+def choose_cache_name(args: Namespace) -> str:
     """The name of the cache: as the flag says, or as the model was tuned, or the paper's."""
     if args.cache is not None:
         return args.cache

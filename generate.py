@@ -330,7 +330,7 @@ def choose_cache(args: cli.Namespace, model: Llama, tokens: Tensor) -> Cache:
         return FullCache(total)
     if args.load_cache is None:
         schedule = cli.choose_schedule(args, model.config)
-        return cli.make_cache(cli.choose_cache(args), schedule, total)
+        return cli.make_cache(cli.choose_cache_name(args), schedule, total)
     cache = load_cache(args.load_cache, args.cache, model)
     check_settings(cli.given_settings(args), cache.config)
     if len(tokens) != cache.batch:

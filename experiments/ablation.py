@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         report.check_plots()
     folder = report.open_folder(args.out, "ablation", args.model)
     model, tokenizer = cli.load(args)
-    base = harness.choose_paper_schedule(args, model.config)
+    base = harness.require_paper(cli.choose_schedule(args, model.config))
     strategies = make_grid(args.strategies, base, args.ratios, args.sink_counts, args.recents)
     vocab = model.config.vocab_size
     texts = harness.read_documents(args.data, args.bin_dtype, args.bos, tokenizer, vocab)

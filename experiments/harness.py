@@ -6,7 +6,7 @@ out. All of them read through one path, in parts, so memory does not depend on t
 
 import hashlib
 import math
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from experiments.report import Journal, Record, mean_interval
 from freqkv import FreqKVConfig
 from generate import encode_text, fingerprint, read_parts
 from levels import LevelsConfig
-from model import Attend, FullCache, Llama, LlamaConfig
+from model import Attend, FullCache, Llama
 from weights import Tokenizer
 from weights.files import read_text
 
@@ -104,7 +104,7 @@ class Strategy:
         """An empty cache, for a text of `capacity` tokens."""
         if self.schedule is None:
             return FullCache(capacity)
-        if self.layer_ratios and isinstance(self.schedule, FreqKVConfig):
+        if self.layer_ratios:
             return by_layer(self.schedule, self.layer_ratios)
         return cli.make_slots(self.schedule, OPERATORS[self.name])
 
@@ -120,9 +120,8 @@ class Strategy:
         return settings
 
 
-def choose_paper_schedule(args: Namespace, model: LlamaConfig) -> FreqKVConfig:
-    """The schedule that the flags give; ValueError unless it is the paper's."""
-    schedule = cli.choose_schedule(args, model)
+def require_paper(schedule: cli.Schedule) -> FreqKVConfig:
+    """A schedule that was chosen, for what only the paper's can be; ValueError for another."""
     if not isinstance(schedule, FreqKVConfig):
         raise ValueError("--schedule: was levels, must be paper here")
     return schedule

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     strategies = harness.make_strategies(args.strategies, schedule)
     if args.layer_ratios is not None:
         layers = model.config.num_hidden_layers
-        paper = harness.choose_paper_schedule(args, model.config)
+        paper = harness.require_paper(schedule)
         strategies.append(make_by_layer(paper, args.layer_ratios, layers))
     vocab = model.config.vocab_size
     texts = harness.read_documents(args.data, args.bin_dtype, args.bos, tokenizer, vocab)

@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         report.check_plots()
     folder = report.open_folder(args.out, "spectrum", args.model)
     model, tokenizer = cli.load(args)
-    schedule = harness.choose_paper_schedule(args, model.config)
+    schedule = harness.require_paper(cli.choose_schedule(args, model.config))
     vocab = model.config.vocab_size
     texts = harness.read_documents(args.data, args.bin_dtype, args.bos, tokenizer, vocab)
     names = [name for name in args.strategies if name != "full"]

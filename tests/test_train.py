@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import cli
 import train
 from data import IGNORE
 from freqkv import FreqKVAttention, FreqKVConfig, distinct, lowband, newest
@@ -164,9 +165,12 @@ def test_every_flag_is_in_help_and_tried_here(script):
 def test_defaults_by_recipe(tmp_path):
     paper = settings_of("--model", "x/llama.gguf", "--lora")
     expected = {"rank": 8, "alpha": 16, "train": "embed,norm", "lr": 2e-5, "warmup": 20}
-    expected |= {"schedule": "constant", "weight_decay": 0, "steps": 1000, "checkpointing": True}
+    expected |= {"lr_schedule": "constant", "weight_decay": 0, "steps": 1000, "checkpointing": True}
     expected |= {"out": "runs/llama-lora", "sinks": 4, "schedule": "paper"}
     assert expected.items() <= train.asdict(paper).items()
+    slots = {name: getattr(paper, name) for name in cli.SETTINGS}
+    assert cli.make_schedule(slots, tiny_config(max_position_embeddings=8192)) == FreqKVConfig()
+    assert (FreqKVConfig.ratio, FreqKVConfig.recent) == (0.5, 0)
     assert paper.batch_size * paper.accumulate == 64
     assert settings_of("--lora", "--steps", 3).steps == 3
     assert settings_of().out == "runs/tiny-full"
