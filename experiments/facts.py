@@ -11,7 +11,9 @@ tasks `places` and `people` are held out of these.
 """
 
 import json
+import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,14 @@ from weights.files import read_text, write_beside
 
 Random = np.random.Generator
 Part = tuple[str, bool]  # text, and whether it is learnt
+SENTENCE = re.compile(r"[.!?]['\"”]?\s")
+LINE = re.compile("\n")
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 # Facts
 
 
+@cache
 def read_words(name: str, test: bool) -> list[str]:
     """The words of that name: every fifth is kept for testing, the others are taught."""
     words = " ".join(WORDS[name]).split()
@@ -63,22 +68,31 @@ def make_row(
     rng: Random, paragraphs: Sequence[str], tokenizer: Tokenizer, length: int, facts: int,
     learnt: float,
 ) -> list[Part]:  # fmt: skip
-    """Parts of one text of at least `length` tokens that tells `facts` facts and asks for them.
+    """Parts of a text of at least `length` tokens that tells up to `facts` facts and asks for them.
 
-    Each is asked for twice, at distances from 32 tokens to the whole length, of which all orders of
-    magnitude are alike. `learnt` is the share of paragraphs that are learnt.
+    A quarter of the texts begin with a fact. Each is asked for once, or twice, for an answer tells
+    the fact again, at distances from 32 tokens to the whole length: half of them of all orders of
+    magnitude alike, the others of all lengths alike. `learnt` is the share of paragraphs that are
+    learnt.
     """
     events: list[tuple[float, str, str]] = []  # when it is due, in tokens; the text; the answer
-    for thing in rng.choice(read_words("things", False), facts, replace=False):
+    count = int(rng.integers(max(facts // 4, 1), facts + 1))
+    things = rng.choice(read_words("things", False), count, replace=False)
+    opens = rng.random() < 0.25
+    for number, thing in enumerate(things):
         template = WORDS["taught"][rng.integers(len(WORDS["taught"]))]
         answer = draw_value(rng, template[2])
         fact, question = fill_template(template, thing, answer)
         told = rng.uniform(0, length - 96)
+        if opens and number == 0:
+            told = 0.0
         events.append((told, fact, ""))
-        for _ in range(2):
-            longest = (length - 48 - told) / 32  # in units of the shortest
-            asked = told + 32 * longest ** rng.random()
-            events.append((asked, question, answer))
+        longest = length - 48 - told
+        for _ in range(rng.integers(1, 3)):
+            distance = 32 * (longest / 32) ** rng.random()
+            if rng.random() < 0.5:
+                distance = rng.uniform(32, longest)
+            events.append((told + distance, question, answer))
     events.sort()
     parts: list[Part] = []
     count = 0  # tokens so far
@@ -102,17 +116,17 @@ def make_row(
 
 
 def split_paragraphs(text: str, size: int = 400) -> list[str]:
-    """A text in stretches of whole sentences, where it has some, of about `size` characters."""
+    """A text in stretches of about `size` characters, as it stands: whole sentences, else lines."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
-        left = " ".join(paragraph.split())
+        left = paragraph.strip("\n")
         while len(left) > size:
-            cut = left.find(". ", size // 2) + 1
-            if cut == 0:
+            end = SENTENCE.search(left, size // 2, 2 * size) or LINE.search(left, size // 2)
+            if end is None:
                 break
-            paragraphs.append(left[:cut])
-            left = left[cut:].strip()
-        if left:
+            paragraphs.append(left[: end.end()].rstrip())
+            left = left[end.end() :].lstrip("\n ")
+        if left.strip():
             paragraphs.append(left)
     return paragraphs
 
@@ -128,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", nargs="+", metavar="PATH", required=True, help="text files, folders, patterns")
     add("--rows", type=integer(1), default=1000, help="texts to make [%(default)s]")
     add("--length", type=integer(256), default=2048, help="tokens of each [%(default)s]")
-    add("--facts", type=integer(1, 70), default=12, help="told in each [%(default)s]")
+    add("--facts", type=integer(1, 70), default=12, help="told in each, at most [%(default)s]")
     text = "share of the paragraphs that are learnt [%(default)s]"
     add("--learnt", type=cli.real(0, 1), default=0.03, help=text)
     add("--seed", type=integer(0), default=0, help="of what is drawn at random [%(default)s]")
