@@ -212,11 +212,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The same function stands in model.py and in freqkv.py, so that either leaves alone.
     """
-    time = q.shape[2]
+    batch, heads, time, dim = q.shape
+    kv_heads = k.shape[1]
     n = k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if time == 1:  # one query, which sees every key
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if time == 1:  # one query, which sees every key; those of a group read their keys together
+        groups = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+        return F.scaled_dot_product_attention(groups, k, v).reshape(q.shape)
+    grouped = heads != kv_heads
     if time == n:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     # Query t sees the n - T earlier positions, and the new ones up to itself (T = 3, n = 5):
