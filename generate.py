@@ -5,7 +5,8 @@
     python generate.py --model smollm2 --load-cache book.safetensors --prompt "Who is Emma?" --chat
 
 The text that the model writes goes to stdout as it is made; progress and a summary go to stderr.
-`read_parts`, `read`, `write` and `sample` are also what other scripts read and write text with.
+`read_parts`, `read`, `read_token`, `write` and `sample` are also what other scripts read and write
+text with.
 """
 
 import copy
@@ -13,8 +14,9 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
 from weights.files import check_writable, decode_text, read_text, write_beside
+
+Step = Callable[[Tensor], Tensor]
 
 # Sampling
 
@@ -119,10 +123,15 @@ def read(model: Llama, tokens: Tensor, cache: Cache, chunk: int, progress: bool 
 
 
 @torch.no_grad()
+def read_token(model: Llama, cache: Cache, tokens: Tensor) -> Tensor:
+    """Read tokens [B], one for each row, into the cache; logits [B, V] after it."""
+    hidden = model.hidden(tokens[:, None], cache)
+    return model.logits(hidden[:, -1])
+
+
 def write(
-    model: Llama,
+    step: Step,
     logits: Tensor,
-    cache: Cache,
     stop_ids: Sequence[int],
     limit: int,
     sampling: Sampling,
@@ -130,10 +139,11 @@ def write(
 ) -> Iterator[list[int | None]]:
     """Continue after `logits` [B, V]: up to `limit` times one id for each row, as it is made.
 
+    step: reads tokens [B], and gives the next logits: `read_token` of a model and its cache.
     A row that has come to one of `stop_ids` gives None from there on. All rows, and it ends.
     """
     ended = [False] * len(logits)
-    for step in range(limit):
+    for number in range(limit):
         tokens = sample(logits, sampling, generator)
         ids: list[int | None] = []
         for row, token in enumerate(tokens.tolist()):
@@ -143,9 +153,8 @@ def write(
         if all(ended):
             return
         yield ids
-        if step + 1 < limit:
-            hidden = model.hidden(tokens[:, None], cache)
-            logits = model.logits(hidden[:, -1])
+        if number + 1 < limit:
+            logits = step(tokens)
 
 
 # The saved cache
@@ -304,6 +313,8 @@ def make_parser() -> cli.Parser:
     cli.add_schedule_flags(cache)
     add("--save-cache", type=Path, help="write what was read to this file (safetensors)")
     add("--load-cache", type=Path, help="go on from such a file; its settings are the defaults")
+    text = "write by one compiled graph (steady.py), which takes a minute or more to make"
+    add("--compile", action="store_true", help=text)
 
     add = parser.add_argument_group("writing").add_argument
     add("--max-new-tokens", type=integer(0), default=100, help="tokens to write [%(default)s]")
@@ -354,7 +365,7 @@ def check_settings(given: dict[str, Any], config: cli.Schedule) -> None:
 
 
 def continue_text(
-    model: Llama, tokenizer: Tokenizer, logits: Tensor, cache: Cache, context: Tensor,
+    tokenizer: Tokenizer, step: Step, logits: Tensor, context: Tensor,
     stop_ids: Sequence[int], limit: int, sampling: Sampling, generator: torch.Generator,
 ) -> int:  # fmt: skip
     """Print a continuation of each row of context [B, T]; the number of tokens made.
@@ -362,7 +373,7 @@ def continue_text(
     One row is printed as it is made, several when all are made.
     """
     before = context[:, -8:].tolist()  # what the tokenizer must know of the text before
-    steps = write(model, logits, cache, stop_ids, limit, sampling, generator)
+    steps = write(step, logits, stop_ids, limit, sampling, generator)
     if len(context) == 1:
         rows: list[list[int]] = [[]]
         for piece in tokenizer.stream(collect_row(steps, rows[0]), before[0]):
@@ -379,6 +390,15 @@ def continue_text(
             texts.append("".join(tokenizer.stream(iter(row), known)))
         print("\n---\n".join(texts))
     return sum(len(row) for row in rows)
+
+
+def make_step(model: Llama, cache: Cache, compiled: bool) -> Step:
+    """What reads single tokens into the cache."""
+    if not compiled or isinstance(cache, FullCache):
+        return partial(read_token, model, cache)
+    from steady import Steady  # with the compiler, which takes seconds to import
+
+    return Steady(model, cache)
 
 
 def collect_row(steps: Iterator[list[int | None]], row: list[int]) -> Iterator[int]:
@@ -423,6 +443,8 @@ def main(argv: list[str] | None = None) -> None:
         check_target(args.save_cache)
     if args.cache == "full" and (args.save_cache or args.load_cache):
         raise ValueError("--cache: was full, must be another to save or load a cache")
+    if args.compile and args.num_samples > 1:  # it would compile anew for each
+        raise ValueError("--compile: was given with --num-samples, must be without")
     tokenizer = load_tokenizer(args.model)
     texts = read_prompts(args.prompt, args.prompt_file)
     continues = args.load_cache is not None
@@ -431,6 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
     cache = choose_cache(args, model, tokens)
+    if args.compile and isinstance(cache, FullCache):
+        raise ValueError("--compile: was given with a full cache, must be with --cache freqkv")
 
     start = time.perf_counter()
     logits = read(model, tokens, cache, args.chunk, progress=True)
@@ -447,12 +471,12 @@ def main(argv: list[str] | None = None) -> None:
             print("---")
         last = number == args.num_samples - 1
         own_cache = cache if last else copy.deepcopy(cache)
+        step = make_step(model, own_cache, args.compile)
         generator = torch.Generator(device).manual_seed(args.seed + number)
         made += continue_text(
-            model,
             tokenizer,
+            step,
             logits,
-            own_cache,
             tokens,
             stop_ids,
             args.max_new_tokens,

@@ -104,15 +104,20 @@ class Rope:
     def __call__(self, x: Tensor, start: int = 0, inverse: bool = False) -> Tensor:
         """Rotate x [..., T, D] as positions start .. start+T-1, or undo it; keeps the dtype."""
         stop = start + x.shape[-2]
-        table = self._table(x.device, stop)
-        cos, sin = table[:, start:stop]  # [T, D] each; sin with the sign of `_make_table`
+        cos, sin = self.table(x.device, stop)[:, start:stop]  # [T, D] each
         if inverse:
             sin = -sin
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        partner = wide.roll(x.shape[-1] // 2, dims=-1)  # of channel i, channel i + D/2 or i - D/2
-        return torch.addcmul(wide * cos, partner, sin).to(x.dtype)
+        return _turn(x, cos, sin)
 
-    def _table(self, device: torch.device, stop: int) -> Tensor:
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [..., T, D] as positions [T], a tensor that a graph may read anew each time.
+
+        The table must reach beyond them: `table(x.device, stop)` makes it.
+        """
+        cos, sin = self._tables[x.device].index_select(1, positions)
+        return _turn(x, cos, sin)
+
+    def table(self, device: torch.device, stop: int) -> Tensor:
         """For each channel cos, and -sin or sin of its angle: [2, at least stop, D]."""
         table = self._tables.get(device)
         if table is None or table.shape[1] < stop:
@@ -135,6 +140,13 @@ class Rope:
         cosines = torch.cat((cos, cos), dim=-1)
         sines = torch.cat((-sin, sin), dim=-1)
         return torch.stack((cosines, sines)).float()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., T, D] turned by angles [T, D], of which sin has the sign of `Rope._make_table`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    partner = wide.roll(x.shape[-1] // 2, dims=-1)  # of channel i, channel i + D/2 or i - D/2
+    return torch.addcmul(wide * cos, partner, sin).to(x.dtype)
 
 
 def _scale(inv_freq: Tensor, scaling: RopeScaling | None) -> Tensor:

@@ -177,6 +177,8 @@ def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
         command = ["-m", "experiments.speed", case, *device, "--out", str(folder / "speed")]
         if args.quick:
             command.append("--quick")
+        elif case == "decode":
+            command.append("--compile")
         run_piece(folder, f"speed-{case}", command)
     seconds = 0.0 if args.quick else 60 * args.minutes
     data = ["--data", *args.data] if args.data else []

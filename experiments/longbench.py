@@ -16,6 +16,7 @@ import json
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +30,7 @@ from data import data_files
 from experiments import harness, report
 from experiments.harness import Strategy
 from experiments.metrics import ONE_LINE, PLAIN, TASKS
-from generate import Sampling, encode_message, encode_text, read, write
+from generate import Sampling, encode_message, encode_text, read, read_token, write
 from model import Llama
 from weights import Tokenizer, chat_stops
 from weights.files import read_json, read_text, write_beside
@@ -169,7 +170,8 @@ def answer(
         tokens = cut_middle(prompt, model.config.max_position_embeddings - limit)
     cache = strategy.make_cache(len(tokens) + limit)
     logits = read(model, tokens[None], cache, chunk)
-    steps = write(model, logits, cache, stop_ids, limit, Sampling(temperature=0))
+    step = partial(read_token, model, cache)
+    steps = write(step, logits, stop_ids, limit, Sampling(temperature=0))
     ids = (row[0] for row in steps)
     prediction = "".join(tokenizer.stream(ids, tokens[-8:].tolist()))
     return {"prediction": prediction, "tokens": len(prompt), "read": len(tokens)}

@@ -94,6 +94,7 @@ class Setup:
     model: str  # as peers.make_model takes it
     device: torch.device
     dtype: torch.dtype
+    compiled: bool = False  # decode: FreqKV by one compiled graph too
 
 
 def make_schedule(window: int, model: LlamaConfig) -> FreqKVConfig:
@@ -157,13 +158,37 @@ def time_freqkv(
     The text before is of `tokens` tokens, or a little less: so that all slots are in use at the
     last token, whatever the length.
     """
-    rounds = max(0, (tokens - schedule.window) // schedule.stride)
-    end = schedule.window + rounds * schedule.stride
+    end = find_round(schedule, tokens)
     cache = peers.fill_freqkv_cache(model, end - count - WARM, schedule)
     step = peers.make_step(model, cache)
     between = time_tokens(step, count, model.norm.weight.device)
     cache.reset()
     return between, time_rounds(model, schedule, end)
+
+
+def find_round(schedule: FreqKVConfig, tokens: int) -> int:
+    """The most tokens, up to about so many, after which all slots are in use."""
+    rounds = max(0, (tokens - schedule.window) // schedule.stride)
+    return schedule.window + rounds * schedule.stride
+
+
+def time_compiled(
+    model: Llama, schedule: FreqKVConfig, tokens: int, count: int
+) -> tuple[list[float], list[float]]:
+    """As `time_freqkv`, by one compiled graph; of tokens that set off a round it times one."""
+    from steady import Steady  # with the compiler, which takes seconds to import
+
+    torch._dynamo.reset()  # it compiles a step a few times only, and this is another
+    device = model.norm.weight.device
+    end = find_round(schedule, tokens)
+    read_token = Steady(model, peers.fill_freqkv_cache(model, end - count - WARM, schedule))
+
+    def step(tokens: Tensor) -> Tensor:
+        return read_token(tokens[:, 0])
+
+    between = time_tokens(step, count, device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    return between, time_calls(partial(step, token), 1, device, warm=0)
 
 
 def run_apart(call: Callable[..., Record], *arguments: Any) -> Record:
@@ -192,19 +217,11 @@ def decode(setup: Setup) -> list[Record]:
     for window in sizes.windows:
         schedule = make_schedule(window, model.config)
         for tokens in sizes.lengths:
-            between, rounds = time_freqkv(model, schedule, tokens, sizes.steps)
-            # What a round takes beyond a token, spread over the tokens that it makes room for.
-            share = (median(rounds) / median(between) - 1) / schedule.stride
-            record = {
-                "peer": f"FreqKV, window {schedule.window}",
-                "tokens": tokens,
-                "ms": 1e3 * median(between),
-                "longest_ms": 1e3 * max(between + rounds),
-                "cache_bytes": peers.count_cache_bytes(model, schedule.window),
-                "share_of_rounds": max(0.0, share),
-            }
-            print_tokens(record)
-            records.append(record)
+            times = time_freqkv(model, schedule, tokens, sizes.steps)
+            records.append(describe_decoding(model, schedule, tokens, "", *times))
+        if setup.compiled:  # after the longest alone: each length is compiled anew
+            times = time_compiled(model, schedule, tokens, sizes.steps)
+            records.append(describe_decoding(model, schedule, tokens, ", compiled", *times))
     for peer, tokens, step in peers.other_steps(model, sizes.lengths, sizes.steps + WARM):
         seconds = time_tokens(step, sizes.steps, setup.device)
         record = {
@@ -218,6 +235,25 @@ def decode(setup: Setup) -> list[Record]:
         records.append(record)
         del step  # and its cache, before the next one is filled
     return records
+
+
+def describe_decoding(
+    model: Llama, schedule: FreqKVConfig, tokens: int, way: str, between: list[float],
+    rounds: list[float],
+) -> Record:  # fmt: skip
+    """A record of `decode`: seconds of tokens between two rounds, and of those that meet one."""
+    # What a round takes beyond a token, spread over the tokens that it makes room for.
+    share = (median(rounds) / median(between) - 1) / schedule.stride
+    record = {
+        "peer": f"FreqKV, window {schedule.window}{way}",
+        "tokens": tokens,
+        "ms": 1e3 * median(between),
+        "longest_ms": 1e3 * max(between + rounds),
+        "cache_bytes": peers.count_cache_bytes(model, schedule.window),
+        "share_of_rounds": max(0.0, share),
+    }
+    print_tokens(record)
+    return record
 
 
 def print_tokens(record: Record) -> None:
@@ -564,6 +600,7 @@ def add_flags(parser: cli.Parser) -> None:
     add("--model", help=f"{text} [{FULL.model}; {QUICK.model} with --quick]")
     add("--device", help="cpu, cuda, ... [cuda where there is one]")
     add("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on cuda, float32 elsewhere]")
+    add("--compile", action="store_true", help="decode: by one compiled graph too (steady.py)")
     add("--out", type=Path, default=Path("runs/speed"), help="for results [%(default)s]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
 
@@ -588,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
         report.check_plots()
     folder = report.open_folder(args.out, "speed", args.model)
 
-    setup = Setup(sizes, args.model, device, dtype)
+    setup = Setup(sizes, args.model, device, dtype, args.compile)
     for name in args.cases or CASES:
         print(f"\n{name}: {CASES[name].__doc__}", flush=True)
         records = CASES[name](setup)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -128,7 +129,8 @@ def test_greedy_writing_equals_a_naive_loop():
     model, tokens = tiny_model(), random_tokens(1, 20)
     for cache in (FreqKVCache(CONFIG), FullCache(60)):
         logits = generate.read(model, tokens, cache, 8)
-        rows = list(generate.write(model, logits, cache, (), 30, GREEDY))
+        step = partial(generate.read_token, model, cache)
+        rows = list(generate.write(step, logits, (), 30, GREEDY))
         text = tokens
         for _ in range(30):
             attend = {} if isinstance(cache, FullCache) else {"attend": FreqKVAttention(CONFIG)}
@@ -143,7 +145,8 @@ def test_rows_stop_one_by_one():
     def written(stop):
         cache = FreqKVCache(CONFIG)
         logits = generate.read(model, tokens, cache, 8)
-        return list(generate.write(model, logits, cache, stop, 10, GREEDY))
+        step = partial(generate.read_token, model, cache)
+        return list(generate.write(step, logits, stop, 10, GREEDY))
 
     free = written(())
     ends = (free[3][0], free[6][1])
@@ -512,6 +515,7 @@ def test_bf16_generation_past_the_window(checkpoint):
     model = load_model(checkpoint, torch.bfloat16, "cuda")
     cache = FreqKVCache(CONFIG)
     logits = generate.read(model, random_tokens(1, 100, vocab_size=400), cache, 33)
-    rows = list(generate.write(model, logits, cache, (), 40, Sampling(0.8)))
+    step = partial(generate.read_token, model, cache)
+    rows = list(generate.write(step, logits, (), 40, Sampling(0.8)))
     assert len(rows) == 40
     assert cache.rounds > 5

@@ -16,6 +16,7 @@ from helpers import random_tokens, read, tiny_checkpoint, tiny_config, tiny_mode
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import steady
 from experiments import peers, speed
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from model import FullCache, Llama, causal_attention
@@ -288,6 +289,20 @@ def test_all_slots_are_in_use_at_the_end_of_a_text(monkeypatch):
         speed.time_freqkv(tiny_model(), schedule, 43, 2)
     between = [(36, 12), (37, 13), (38, 14), (39, 15), (40, 16)]
     assert seen == between + (1 + speed.ROUNDS) * [(41, 11)]
+
+
+def test_decoding_by_a_compiled_graph(setup, monkeypatch):
+    def compile_eagerly(step):
+        return torch.compile(step, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(steady, "compile_step", compile_eagerly)
+    monkeypatch.setattr(peers, "other_steps", lambda *arguments: iter(()))
+    records = speed.decode(replace(setup, compiled=True))
+    windows = setup.sizes.windows
+    compiled = [record for record in records if record["peer"].endswith(", compiled")]
+    assert [record["tokens"] for record in compiled] == [setup.sizes.lengths[-1]] * len(windows)
+    for record in compiled:
+        assert record["longest_ms"] >= record["ms"] > 0
 
 
 def watch_steps(monkeypatch, note):
