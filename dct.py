@@ -22,6 +22,7 @@ Device = torch.device | str
 MatrixBuilder = Callable[[int, int], Tensor]
 
 MAX_MATRIX_LENGTH = 4096  # samples; `lowpass` of a longer signal goes by the FFT, without a matrix
+LEAST_TO_FOLD = 512  # samples; folding fewer takes longer than the products that it saves
 
 
 # The definition
@@ -86,19 +87,29 @@ def _lowpass_by_halves(x: Tensor, keep: int) -> Tensor:
 
     P is centrosymmetric, P[keep-1-m, n-1-i] = P[m, i]. So with J, which reverses the samples, the
     first half of P x is A (x + Jx) + B (x - Jx), and the second half, read from its end,
-    A (x + Jx) - B (x - Jx). A and B are [ceil(keep/2), ceil(n/2)].
+    A (x + Jx) - B (x - Jx). A and B are [ceil(keep/2), ceil(n/2)]. The even frequencies of n
+    samples are all frequencies of n/2: where n and keep are even, A is half of the P of n/2
+    samples, which is done at half the arithmetic in its turn.
     """
     n = x.shape[-2]
     half = (n + 1) // 2
-    a, b = _matrix(_lowpass_halves, n, keep, x.dtype, x.device)
     front = x[..., :half, :]
     back = x[..., n - half :, :].flip(-2)  # the mirror image of each sample in `front`
-    with _no_autocast(x):
-        even = a @ (front + back)  # [..., ceil(keep/2), D]
-        odd = b @ (front - back)
+    if n >= LEAST_TO_FOLD and n % 2 == 0 and keep % 2 == 0:
+        even = _lowpass_by_halves(front + back, keep // 2) / 2
+    else:
+        even = _product(_even_half, n, keep, front + back)  # [..., ceil(keep/2), D]
+    odd = _product(_odd_half, n, keep, front - back)
     first = even + odd
     last = (even - odd)[..., : keep // 2, :]  # the middle one of an odd `keep` is in `first`
     return torch.cat((first, last.flip(-2)), dim=-2)
+
+
+def _product(build: MatrixBuilder, n: int, keep: int, x: Tensor) -> Tensor:
+    """What `build(n, keep)` makes, times x."""
+    matrix = _matrix(build, n, keep, x.dtype, x.device)
+    with _no_autocast(x):
+        return matrix @ x
 
 
 def _lowpass_by_fft(x: Tensor, keep: int) -> Tensor:
@@ -162,17 +173,29 @@ def _lowpass_rows(n: int, keep: int) -> Tensor:
     return math.sqrt(keep / n) * back @ cut
 
 
-def _lowpass_halves(n: int, keep: int) -> Tensor:
-    """A and B of `_lowpass_by_halves`: [2, ceil(keep/2), ceil(n/2)]."""
+def _even_half(n: int, keep: int) -> Tensor:
+    """A of `_lowpass_by_halves`: [ceil(keep/2), ceil(n/2)]."""
+    front, back = _quarters(n, keep)
+    return front + back
+
+
+def _odd_half(n: int, keep: int) -> Tensor:
+    """B of `_lowpass_by_halves`: [ceil(keep/2), ceil(n/2)]."""
+    front, back = _quarters(n, keep)
+    return front - back
+
+
+def _quarters(n: int, keep: int) -> tuple[Tensor, Tensor]:
+    """Half of the upper rows of P: of the samples from the front, and of their mirror images."""
     rows = (keep + 1) // 2
     columns = (n + 1) // 2
     p = _lowpass_rows(n, keep)
-    p_front = p[:rows, :columns] / 2
-    p_back = p.flip(1)[:rows, :columns] / 2
+    front = p[:rows, :columns] / 2
+    back = p.flip(1)[:rows, :columns] / 2
     if n % 2 == 1:  # the middle sample is its own mirror image: x + Jx holds it twice
-        p_front[:, -1] /= 2
-        p_back[:, -1] /= 2
-    return torch.stack((p_front + p_back, p_front - p_back))
+        front[:, -1] /= 2
+        back[:, -1] /= 2
+    return front, back
 
 
 # Checks and conversions

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-from dct import MAX_MATRIX_LENGTH, _lowpass_by_fft, lowpass, lowpass_matrix
+from dct import LEAST_TO_FOLD, MAX_MATRIX_LENGTH, _lowpass_by_fft, lowpass, lowpass_matrix
 from experiments import peers, report
 from experiments.report import Record
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
@@ -391,7 +391,7 @@ def compare_ways(span: int, heads: int, dtype: torch.dtype, device: torch.device
     }
     constants = {"lowpass": 0, "one product": matrix.nbytes, "FFT": 0}
     if span <= MAX_MATRIX_LENGTH:
-        constants["lowpass"] = matrix.nbytes // 2
+        constants["lowpass"] = count_half_products(span, keep) * matrix.element_size()
     records = []
     for name, way in ways.items():
         seconds = median(time_calls(way, 9, device))
@@ -408,6 +408,14 @@ def compare_ways(span: int, heads: int, dtype: torch.dtype, device: torch.device
             }
         )
     return records
+
+
+def count_half_products(n: int, keep: int) -> int:
+    """Numbers in the matrices by which `lowpass` makes `keep` of n samples."""
+    one = ((keep + 1) // 2) * ((n + 1) // 2)
+    if n >= LEAST_TO_FOLD and n % 2 == 0 and keep % 2 == 0:
+        return one + count_half_products(n // 2, keep // 2)
+    return 2 * one
 
 
 def training(setup: Setup) -> list[Record]:

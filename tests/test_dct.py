@@ -146,9 +146,21 @@ def test_lowpass_samples_a_band_limited_signal_anew(n_keep):
     close(lowpass_matrix(n, keep, DOUBLE) @ signal(n), signal(keep), atol=1e-11)
 
 
-@given(sizes_and_keeps)
-def test_lowpass_is_its_matrix(n_keep):
+@pytest.mark.parametrize("least", [1, 9, 512])
+@given(n_keep=sizes_and_keeps)
+def test_lowpass_is_its_matrix(least, n_keep):
     n, keep = n_keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dct_file, "LEAST_TO_FOLD", least)
+        check_lowpass(n, keep)
+
+
+@pytest.mark.parametrize(("n", "keep"), [(2044, 1022), (1024, 256), (1016, 508), (900, 451)])
+def test_lowpass_of_the_sizes_in_use_is_its_matrix(n, keep):
+    check_lowpass(n, keep)
+
+
+def check_lowpass(n, keep):
     x = random(2, 3, n, 4)
     expected = lowpass_matrix(n, keep, DOUBLE) @ x
     close(lowpass(x, keep), expected)

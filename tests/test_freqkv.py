@@ -727,13 +727,13 @@ def test_compiled_model_decodes_past_rounds_with_few_graphs(model):
 
     def spy(n, keep):
         builds.append((n, keep))
-        return halves(n, keep)
+        return odd_half(n, keep)
 
-    halves = dct._lowpass_halves
+    odd_half = dct._odd_half
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dct, "_lowpass_halves", spy)
+        patch.setattr(dct, "_odd_half", spy)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         logits = read(compiled, tokens, cache, range(5, 80))
     close(logits, expected, 1e-5)

@@ -16,7 +16,9 @@ from helpers import random_tokens, read, tiny_checkpoint, tiny_config, tiny_mode
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import dct as dct_file
 import steady
+from dct import lowpass
 from experiments import peers, speed
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from model import FullCache, Llama, causal_attention
@@ -380,7 +382,7 @@ def raise_import_error(model):
     raise ImportError
 
 
-@pytest.mark.parametrize("span", [60, 4098])
+@pytest.mark.parametrize("span", [60, 1020, 4098])
 def test_the_ways_to_compress_are_equal_and_count_their_bytes(span, monkeypatch):
     def make_no_matrix(n, keep, dtype, device):
         return torch.zeros(keep, n, dtype=dtype)
@@ -388,10 +390,21 @@ def test_the_ways_to_compress_are_equal_and_count_their_bytes(span, monkeypatch)
     monkeypatch.setattr(speed, "time_calls", lambda *arguments: [1.0])
     if span > 4096:  # a real one takes seconds
         monkeypatch.setattr(speed, "lowpass_matrix", make_no_matrix)
+    used = {}
+
+    def watch(build, n, keep, dtype, device):
+        used[build, n] = make(build, n, keep, dtype, device)
+        return used[build, n]
+
+    make = dct_file._matrix
+    x = torch.zeros(span, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dct_file, "_matrix", watch)
+        lowpass(x, span // 2)
+    halves = sum(matrix.nbytes for matrix in used.values())
     records = speed.compare_ways(span, 1, torch.float32, CPU)
     slots = 4 * 128 * span * 3 // 2
     matrix = 4 * span * (span // 2)
-    halves = matrix // 2 if span <= 4096 else 0
     assert [r["bytes"] for r in records] == [slots + halves, slots + matrix, slots]
     if span <= 4096:
         assert max(r["error"] for r in records) < 1e-5
