@@ -35,6 +35,8 @@ def draw_frontier(figure: Any, folders: dict[str, Path]) -> None:
         height = next(r["perplexity"] for r in records if r["length"] == LENGTH)
         gains: dict[bool, list[float]] = {True: [], False: []}
         for record in read_records(folder, "recall"):
+            if record["loss_absent"] is None:
+                raise ValueError(f"{folder}: was measured with --planted-only, must be without")
             gains[record["distance"] < WINDOW].append(record["loss_absent"] - record["loss"])
         within[name] = ([fmean(gains[True])], [height])
         past[name] = ([fmean(gains[False])], [height])

@@ -6,9 +6,9 @@
 
 The answer is read as it should be, which tells both how likely the model finds it (the loss of the
 whole answer, in nats) and what it would say: greedy decoding says just that if and only if each of
-its tokens is the likeliest. The same text with no fact planted is read beside it: what a strategy
-loses less than there is what it remembers. The tasks with several facts are after RULER
-(arXiv 2404.06654).
+its tokens is the likeliest. The same text with no fact planted is read beside it (but for
+--planted-only): what a strategy loses less than there is what it remembers. The tasks with several
+facts are after RULER (arXiv 2404.06654).
 
 The end of the fact falls evenly on all places of a round of compression: at any distance some
 trials have had a round more than others. Full attention may be asked beyond the positions that the
@@ -128,7 +128,7 @@ TASKS = {
 
 @dataclass
 class Trial:
-    text: Tensor  # [2, end + the longest distance]: with the facts in it; without
+    text: Tensor  # [2 or 1, end + the longest distance]: with the facts in it; and without
     end: int  # tokens up to the end of the last fact
     ask: Tensor  # [n]: the question, and the answer last
     answer: int  # tokens of the answer
@@ -145,6 +145,7 @@ Trials = dict[tuple[str, int], Trial]  # by task and number
 def make_trial(
     task: str, number: int, texts: Sequence[Document], tokenizer: Tokenizer,
     schedule: cli.Schedule, longest: int, seed: int = 0, bos: bool = True,
+    planted_only: bool = False,
 ) -> Trial:  # fmt: skip
     """The trial of that number, for distances up to `longest`; ValueError if no text is as long."""
     rng = np.random.default_rng((seed, number))
@@ -162,7 +163,8 @@ def make_trial(
     known = 0  # tokens of the question alone: a tokenizer may join its end to the answer
     while known < min(len(question), len(ask)) and question[known] == ask[known]:
         known += 1
-    return Trial(torch.stack((planted, without)), end, ask, len(ask) - known)
+    rows = [planted] if planted_only else [planted, without]
+    return Trial(torch.stack(rows), end, ask, len(ask) - known)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
@@ -206,14 +208,15 @@ def draw_text(
 def recall(
     model: Llama, trial: Trial, cache: Attend, distances: Sequence[int], chunk: int,
     advance: Callable[[int], Any] | None = None,
-) -> list[dict[str, float]]:  # fmt: skip
-    """What is remembered at each distance: the answer's loss, that with no fact planted, and 1 or
-    0 for a right or wrong answer.
+) -> list[Record]:  # fmt: skip
+    """What is remembered at each distance: the answer's loss, that with no fact planted (None where
+    the trial has no such text), and 1 or 0 for a right or wrong answer.
 
     The text is read once, into `cache`; at each distance, in rising order, a copy of it is asked.
     """
     device = model.norm.weight.device
-    ask = trial.ask.expand(2, -1)
+    rows = len(trial.text)
+    ask = trial.ask.expand(rows, -1)
     answer = trial.ask[-trial.answer :].to(device)
     results = []
     start = 0
@@ -221,18 +224,20 @@ def recall(
         stop = trial.end + distance
         for hidden in read_parts(model, trial.text[:, start:stop], cache, chunk):
             if advance is not None:
-                advance(2 * hidden.shape[1])
+                advance(rows * hidden.shape[1])
         start = stop
         asked = copy.deepcopy(cache)
         parts = list(read_parts(model, ask[:, :-1], asked, chunk))
         hidden = torch.cat(parts, dim=1)[:, -trial.answer :]
-        logits = model.logits(hidden).float()  # [2, answer, V]
-        planted = F.cross_entropy(logits[0], answer, reduction="sum").item()
-        absent = F.cross_entropy(logits[1], answer, reduction="sum").item()
-        if not math.isfinite(planted) or not math.isfinite(absent):
+        logits = model.logits(hidden).float()  # [rows, answer, V]
+        losses = []
+        for row in logits:
+            losses.append(F.cross_entropy(row, answer, reduction="sum").item())
+        if not all(map(math.isfinite, losses)):
             raise ValueError("losses: were not numbers, must be; try another --dtype")
         right = float(logits[0].argmax(-1).equal(answer))
-        results.append({"loss": planted, "loss_absent": absent, "right": right})
+        absent = losses[1] if rows == 2 else None
+        results.append({"loss": losses[0], "loss_absent": absent, "right": right})
     return results
 
 
@@ -264,6 +269,7 @@ def average_trials(
         values = [journal[strategy, key][place] for key in keys]
         losses = [value["loss"] for value in values]
         loss, half = report.mean_interval(losses, [1] * len(losses))
+        absent = [value["loss_absent"] for value in values]
         rounds = 0.0
         if strategy.schedule is not None:
             rounds = fmean(trials[key].rounds(strategy.schedule, distance) for key in keys)
@@ -275,7 +281,7 @@ def average_trials(
             "accuracy": fmean(value["right"] for value in values),
             "loss": loss,
             "ci95": None if half is None else [loss - half, loss + half],
-            "loss_absent": fmean(value["loss_absent"] for value in values),
+            "loss_absent": None if None in absent else fmean(absent),
             "trials": len(values),
         }
         records.append(record | strategy.settings())
@@ -296,6 +302,8 @@ def make_parser() -> cli.Parser:
     add("--distances", type=cli.several(cli.integer(1)), metavar="N,N", help=text)
     text = "facts of a task, or --limit if fewer [%(default)s]"
     add("--trials", type=cli.integer(1, 10**6), default=8, help=text)
+    text = "leave out the same text with no fact in it, in half the time"
+    add("--planted-only", action="store_true", help=text)
     add("--seed", type=cli.integer(0), default=0, help="of what is drawn at random [%(default)s]")
     return parser
 
@@ -319,12 +327,14 @@ def main(argv: list[str] | None = None) -> None:
     for task in args.tasks:
         for number in range(count):
             trials[task, number] = make_trial(
-                task, number, texts, tokenizer, schedule, distances[-1], args.seed, args.bos
-            )
+                task, number, texts, tokenizer, schedule, distances[-1], args.seed, args.bos,
+                args.planted_only,
+            )  # fmt: skip
 
     digests = [text.digest() for text in texts]
     path = folder / "recall.journal.jsonl"
-    journal = harness.open_journal(path, model, schedule, distances, args.seed, args.bos, digests)
+    about = (schedule, distances, args.seed, args.bos, args.planted_only, digests)
+    journal = harness.open_journal(path, model, *about)
     measure_trials(model, strategies, trials, distances, journal, args.chunk)
     records = []
     for strategy in strategies:
@@ -345,9 +355,10 @@ def format_recall(records: Sequence[Record]) -> str:
     rounds = []
     for strategy, group in report.group_by_strategy(records).items():
         told = [f"{record['loss']:.2f} {record['accuracy']:4.0%}" for record in group]
-        absent = [f"{record['loss_absent']:.2f}     " for record in group]
         rows.append([strategy, *told])
-        rows.append(["  no fact", *absent])
+        if group[0]["loss_absent"] is not None:
+            absent = [f"{record['loss_absent']:.2f}     " for record in group]
+            rows.append(["  no fact", *absent])
         if strategy != "full":  # the same for all others
             rounds = [["rounds", *(f"{record['rounds']:.1f}      " for record in group)]]
     distances = [f"{record['distance']:,}     " for record in group]
@@ -368,7 +379,7 @@ def draw_recall(figure: Any, records: Sequence[Record], field: str) -> None:
         for number, (name, group) in enumerate(groups.items()):
             x = [record["distance"] for record in group]
             curves[name] = (x, [record[field] for record in group])
-            if field == "loss":
+            if field == "loss" and group[0]["loss_absent"] is not None:
                 absent = [record["loss_absent"] for record in group]
                 label = "" if number else "no fact"
                 line = report.LOOKS[number % len(report.LOOKS)][0]

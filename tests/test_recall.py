@@ -362,6 +362,21 @@ def test_what_a_run_leaves(run, tmp_path):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_the_text_that_has_no_fact(run, tmp_path):
+    flags = ("--distances", "20,90", "--strategies", "freqkv,window", "--plot")
+    run(*flags)
+    both = records(tmp_path / "out")
+    ran = run(*flags, "--planted-only", "--out", tmp_path / "less")
+    assert ran.code == 0, ran.err
+    assert "no fact" not in ran.out
+    less = records(tmp_path / "less")
+    for one, other in zip(both, less, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert other["loss_absent"] is None
+        names = one.keys() - {"loss", "loss_absent", "ci95"}
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}
+
+
 def test_means_over_trials(run, tmp_path, monkeypatch):
     """Of the records, by hand."""
     told = [(1.0, 3.0, 1.0), (2.0, 4.0, 0.0), (3.0, 6.0, 0.0), (2.0, 5.0, 0.0)]
