@@ -23,14 +23,24 @@ from experiments import report
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
-# What is tuned: the name of a run, and its attention.
-RUNS = {
-    "full": ["--attention", "full"],
-    "window": ["--attention", "window"],
-    "freqkv": [],
-    "freqkv-recent": ["--recent", "RECENT"],
-    "distinct": ["--attention", "distinct"],
-}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to tune, and what it is tuned and measured with."""
+
+    name: str
+    attention: str  # of cli.CACHES
+    recent: float = 0  # share of the window that is left to the newest tokens
+
+
+RUNS = [
+    Run("full", "full"),
+    Run("window", "window"),
+    Run("freqkv", "freqkv"),
+    Run("freqkv-recent", "freqkv", recent=0.5),
+    Run("distinct", "distinct"),
+]
 
 
 @dataclass(frozen=True)
@@ -96,45 +106,48 @@ def run_piece(folder: Path, name: str, command: Sequence[str]) -> None:
     done.touch()
 
 
-def tune(folder: Path, name: str, plan: Plan, flags: Sequence[str], seconds: float) -> None:
+def tune(folder: Path, run: Run, plan: Plan, flags: Sequence[str], seconds: float) -> None:
     """Tune a model for about so many seconds: a few steps, which tell how many fit."""
-    out = folder / name
+    out = folder / run.name
     command = ["train.py", "--model", plan.model, "--lora", "--out", str(out), "--resume"]
     command += ["--window", str(plan.window), "--seq-len", str(plan.seq_len)]
-    command += [*plan.batch, "--warmup", "0", "--eval-every", "0", *flags]
-    run_piece(folder, f"{name}-first", [*command, "--steps", str(plan.first_steps)])
+    if run.attention != "full":
+        command += ["--recent", str(int(plan.window * run.recent))]
+    command += ["--attention", run.attention, *plan.batch]
+    command += ["--warmup", "0", "--eval-every", "0", *flags]
+    run_piece(folder, f"{run.name}-first", [*command, "--steps", str(plan.first_steps)])
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = [record["seconds"] for record in records if "seconds" in record]
     steps = max(int(seconds / median(times)), plan.first_steps + 1)
-    steps_file = folder / f"{name}.steps"  # the same when it goes on
+    steps_file = folder / f"{run.name}.steps"  # the same when it goes on
     if not steps_file.exists():
         steps_file.write_text(str(steps))
-    run_piece(folder, f"{name}-tuned", [*command, "--steps", steps_file.read_text()])
+    run_piece(folder, f"{run.name}-tuned", [*command, "--steps", steps_file.read_text()])
 
 
-def measure(folder: Path, name: str, plan: Plan, device: Sequence[str], data: list[str]) -> None:
+def measure(folder: Path, run: Run, plan: Plan, device: Sequence[str], data: list[str]) -> None:
     """Perplexity and recall of a tuned model, with the attention that it was tuned with."""
-    cache = "freqkv" if name.startswith("freqkv") else name
-    about = ["--model", plan.model, "--adapter", str(folder / name / "adapter"), *device, *data]
-    about += ["--strategies", cache, "--out", str(folder / f"{name}-results")]
+    adapter = folder / run.name / "adapter"
+    about = ["--model", plan.model, "--adapter", str(adapter), *device, *data]
+    about += ["--strategies", run.attention, "--out", str(folder / f"{run.name}-results")]
     command = ["-m", "experiments.perplexity", *about, "--lengths", plan.lengths]
-    run_piece(folder, f"{name}-perplexity", [*command, "--limit", str(plan.limit)])
+    run_piece(folder, f"{run.name}-perplexity", [*command, "--limit", str(plan.limit)])
     command = ["-m", "experiments.recall", *about, "--tasks", plan.task]
     command += ["--distances", plan.distances, "--trials", str(plan.trials)]
-    run_piece(folder, f"{name}-recall", command)
+    run_piece(folder, f"{run.name}-recall", command)
 
 
 def format_results(folder: Path) -> str:
     """Perplexity by length and right answers by distance, a row for each run."""
     rows = []
     head = [""]
-    for name in RUNS:
-        results = folder / f"{name}-results"
+    for run in RUNS:
+        results = folder / f"{run.name}-results"
         perplexities = json.loads((results / "perplexity.json").read_text())
         recalls = json.loads((results / "recall.json").read_text())
         head = ["", *(f"{record['length']:,}" for record in perplexities)]
         head += [f"told {record['distance']:,} ago" for record in recalls]
-        cells = [name, *(f"{record['perplexity']:.2f}" for record in perplexities)]
+        cells = [run.name, *(f"{record['perplexity']:.2f}" for record in perplexities)]
         cells += [f"{record['accuracy']:.0%}" for record in recalls]
         rows.append(cells)
     return report.format_table(head, rows)
@@ -183,12 +196,10 @@ def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
     seconds = 0.0 if args.quick else 60 * args.minutes
     data = ["--data", *args.data] if args.data else []
     texts = ["--data", *args.texts] if args.texts else []
-    for name, flags in RUNS.items():
-        recent = str(plan.window // 2)
-        chosen = [recent if flag == "RECENT" else flag for flag in flags]
-        tune(folder, name, plan, [*chosen, *device, *data], seconds)
-    for name in RUNS:
-        measure(folder, name, plan, device, texts)
+    for run in RUNS:
+        tune(folder, run, plan, [*device, *data], seconds)
+    for run in RUNS:
+        measure(folder, run, plan, device, texts)
 
 
 if __name__ == "__main__":

@@ -31,20 +31,22 @@ def test_a_piece_that_fails_is_tried_again(tmp_path):
 def test_steps_fill_the_time(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(cuda, "run_piece", lambda folder, name, command: ran.append(command[-1]))
+    run = cuda.Run("x", "freqkv")
     (tmp_path / "x").mkdir()
     times = [{"step": 0, "val_loss": 1}, {"step": 1, "seconds": 9}, {"step": 2, "seconds": 2}]
     lines = "".join(json.dumps(record) + "\n" for record in [*times, {"step": 3, "seconds": 1.5}])
     (tmp_path / "x/log.jsonl").write_text(lines)
-    cuda.tune(tmp_path, "x", cuda.FULL, [], seconds=100)
+    cuda.tune(tmp_path, run, cuda.FULL, [], seconds=100)
     assert ran == ["3", "50"]
     (tmp_path / "x/log.jsonl").write_text(lines.replace("1.5", "2.5"))
-    cuda.tune(tmp_path, "x", cuda.FULL, [], seconds=100)  # when it goes on, as many as before
+    cuda.tune(tmp_path, run, cuda.FULL, [], seconds=100)  # when it goes on, as many as before
     assert ran[2:] == ["3", "50"]
 
 
 @pytest.mark.slow
 def test_all_pieces(tmp_path, outcome, monkeypatch):
-    monkeypatch.setattr(cuda, "RUNS", {"freqkv-recent": cuda.RUNS["freqkv-recent"]})
+    [run] = [run for run in cuda.RUNS if run.name == "freqkv-recent"]
+    monkeypatch.setattr(cuda, "RUNS", [run])
     monkeypatch.setattr(cuda, "SPEED", ["compression"])
     flags = ("--quick", "--device", "cpu", "--out", tmp_path / "out")
     ran = outcome(cuda, *flags)

@@ -24,15 +24,19 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
+import dct as dct_file
+from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, distinct
+from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama, LlamaConfig, Rope, RopeScaling, causal_attention
 
 FREQKV = FreqKVConfig(window=16, sinks=2, ratio=0.5)
+LEVELS = LevelsConfig(window=24, sinks=2, recent=4, block=2)
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=64)
 VARIANTS = {
     "multi-head": {"num_key_value_heads": 4},
@@ -271,16 +275,17 @@ class OnlyMeta(TorchFunctionMode):
         return out
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: causal_attention,
-        lambda: FullCache(60),
-        lambda: FreqKVAttention(FREQKV),
-        lambda: FreqKVCache(FREQKV),
-    ],
-    ids=["causal_attention", "FullCache", "FreqKVAttention", "FreqKVCache"],
-)
+STRATEGIES = {
+    "causal_attention": lambda: causal_attention,
+    "FullCache": lambda: FullCache(60),
+    "FreqKVAttention": lambda: FreqKVAttention(FREQKV),
+    "FreqKVCache": lambda: FreqKVCache(FREQKV),
+    "distinct": lambda: FreqKVCache(FREQKV, distinct),
+    "LevelsCache": lambda: LevelsCache(LEVELS),
+}
+
+
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
 def test_nothing_leaves_the_device(make):
     with torch.device("meta"):
         model, tokens = Llama(tiny_config()), torch.zeros(2, 50, dtype=torch.long)
@@ -290,6 +295,26 @@ def test_nothing_leaves_the_device(make):
     with OnlyMeta(), torch.no_grad():
         assert model(tokens, attend).shape == (2, 50, 50)
         assert model(tokens[:, :1], attend).is_meta
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="takes a CUDA build of PyTorch")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: tests marked cuda")
+@pytest.mark.parametrize("heads", [4, 2], ids=["plain", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
+def test_everything_is_on_a_gpu_that_is_not_there(make, dtype, heads):
+    """A fake tensor has a device and no memory. (Gradients want a real one.)"""
+    dct_file._cached_matrix.cache_clear()
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model = Llama(tiny_config(num_key_value_heads=heads)).to(dtype)
+            tokens = torch.zeros(2, 50, dtype=torch.long)
+        attend = make()
+        for part in (tokens, tokens[:, :1], tokens[:, :9]):
+            logits = model(part, attend)
+            assert logits.device.type == "cuda"
+            assert logits.shape == (*part.shape, 50)
+    dct_file._cached_matrix.cache_clear()  # of what is not real
 
 
 # Weights to train from
