@@ -24,13 +24,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-import dct as dct_file
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, distinct
 from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama, LlamaConfig, Rope, RopeScaling, causal_attention
@@ -295,26 +293,6 @@ def test_nothing_leaves_the_device(make):
     with OnlyMeta(), torch.no_grad():
         assert model(tokens, attend).shape == (2, 50, 50)
         assert model(tokens[:, :1], attend).is_meta
-
-
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="takes a CUDA build of PyTorch")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: tests marked cuda")
-@pytest.mark.parametrize("heads", [4, 2], ids=["plain", "grouped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
-def test_everything_is_on_a_gpu_that_is_not_there(make, dtype, heads):
-    """A fake tensor has a device and no memory. (Gradients want a real one.)"""
-    dct_file._cached_matrix.cache_clear()
-    with FakeTensorMode(), torch.no_grad():
-        with torch.device("cuda"):
-            model = Llama(tiny_config(num_key_value_heads=heads)).to(dtype)
-            tokens = torch.zeros(2, 50, dtype=torch.long)
-        attend = make()
-        for part in (tokens, tokens[:, :1], tokens[:, :9]):
-            logits = model(part, attend)
-            assert logits.device.type == "cuda"
-            assert logits.shape == (*part.shape, 50)
-    dct_file._cached_matrix.cache_clear()  # of what is not real
 
 
 # Weights to train from
