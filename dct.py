@@ -22,7 +22,7 @@ Device = torch.device | str
 MatrixBuilder = Callable[[int, int], Tensor]
 
 MAX_MATRIX_LENGTH = 4096  # samples; `lowpass` of a longer signal goes by the FFT, without a matrix
-LEAST_TO_FOLD = 512  # samples; folding fewer takes longer than the products that it saves
+LEAST_TO_SPLIT = 512  # samples; to split fewer takes longer than the products that it saves
 
 
 # The definition
@@ -85,17 +85,18 @@ def lowpass(x: Tensor, keep: int) -> Tensor:
 def _lowpass_by_halves(x: Tensor, keep: int) -> Tensor:
     """P x at half the arithmetic: even frequencies need sums of mirrored samples, odd differences.
 
-    P is centrosymmetric, P[keep-1-m, n-1-i] = P[m, i]. So with J, which reverses the samples, the
-    first half of P x is A (x + Jx) + B (x - Jx), and the second half, read from its end,
-    A (x + Jx) - B (x - Jx). A and B are [ceil(keep/2), ceil(n/2)]. The even frequencies of n
-    samples are all frequencies of n/2: where n and keep are even, A is half of the P of n/2
-    samples, which is done at half the arithmetic in its turn.
+    P is centrosymmetric, P[keep-1-j, n-1-i] = P[j, i]. So with s and d, the first ceil(n/2) rows of
+    x + Jx and of x - Jx, where J reverses the samples, the first half of P x is A s + B d, and the
+    second half, from its end, A s - B d. A and B are [ceil(keep/2), ceil(n/2)].
+
+    The even frequencies of n samples are all frequencies of n/2. So if n and keep are even,
+    A = P(n/2, keep/2) / 2, and A s is done in the same way.
     """
     n = x.shape[-2]
     half = (n + 1) // 2
     front = x[..., :half, :]
     back = x[..., n - half :, :].flip(-2)  # the mirror image of each sample in `front`
-    if n >= LEAST_TO_FOLD and n % 2 == 0 and keep % 2 == 0:
+    if n >= LEAST_TO_SPLIT and n % 2 == 0 and keep % 2 == 0:
         even = _lowpass_by_halves(front + back, keep // 2) / 2
     else:
         even = _product(_even_half, n, keep, front + back)  # [..., ceil(keep/2), D]
@@ -186,7 +187,7 @@ def _odd_half(n: int, keep: int) -> Tensor:
 
 
 def _quarters(n: int, keep: int) -> tuple[Tensor, Tensor]:
-    """Half of the upper rows of P: of the samples from the front, and of their mirror images."""
+    """The upper left quarter of P, and the upper right one mirrored, both halved."""
     rows = (keep + 1) // 2
     columns = (n + 1) // 2
     p = _lowpass_rows(n, keep)

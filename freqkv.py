@@ -222,7 +222,7 @@ class FreqKVCache:
         self._keys: dict[int, Tensor] = {}  # layer -> [B, K, N, D], rotated
         self._values: dict[int, Tensor] = {}  # layer -> [B, K, N, D]
         self._tokens: dict[int, int] = {}  # layer -> tokens that it has read
-        self._busy = False  # within a call; after it, only where it failed
+        self._busy = False  # True during a call; later on only if that failed
 
     # What it holds
 
@@ -342,9 +342,9 @@ class FreqKVCache:
     def _check_order(self, layer: int, time: int) -> None:
         """ValueError where the call before this one failed half way, as by Ctrl-C in a notebook.
 
-        The first layer to have read is the one where a call of the model begins; by then all have
-        read the same. In the first call of all, a layer is new, and finds that the first one has
-        read the `time` tokens of that call.
+        Layers read in order, so a call of the model begins at the first one: there, all must have
+        read the same. A layer that has no slots yet can only be in the first call of all: there,
+        the first layer must have read just the `time` tokens of this call.
         """
         first = next(iter(self._tokens), layer)
         if layer == first:
@@ -469,7 +469,7 @@ class FreqKVCache:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
 
-    The same function stands in model.py and in freqkv.py, so that either leaves alone.
+    The same function stands in model.py and in freqkv.py, so that each can be taken alone.
     """
     batch, heads, time, dim = q.shape
     kv_heads = k.shape[1]

@@ -140,7 +140,7 @@ def write(
     """Continue after `logits` [B, V]: up to `limit` times one id for each row, as it is made.
 
     step: reads tokens [B], and gives the next logits: `read_token` of a model and its cache.
-    A row that has come to one of `stop_ids` gives None from there on. All rows, and it ends.
+    A row that has come to one of `stop_ids` gives None from there on. It ends when all rows have.
     """
     ended = [False] * len(logits)
     for number in range(limit):
@@ -359,7 +359,9 @@ def check_settings(given: dict[str, Any], config: cli.Schedule) -> None:
         settings = {"schedule": "levels"}
     settings |= asdict(config)
     for name, value in given.items():
-        saved = settings.get(name)
+        if name not in settings:
+            raise ValueError(f"--{name}: was {value}, must be without, as the saved cache is")
+        saved = settings[name]
         if value != saved:
             raise ValueError(f"--{name}: was {value}, must be {saved}, as the saved cache has it")
 
@@ -394,11 +396,11 @@ def continue_text(
 
 def make_step(model: Llama, cache: Cache, compiled: bool) -> Step:
     """What reads single tokens into the cache."""
-    if not compiled or isinstance(cache, FullCache):
-        return partial(read_token, model, cache)
-    from steady import Steady  # with the compiler, which takes seconds to import
+    if compiled and isinstance(cache, FreqKVCache):
+        from steady import Steady  # with the compiler, which takes seconds to import
 
-    return Steady(model, cache)
+        return Steady(model, cache)
+    return partial(read_token, model, cache)
 
 
 def collect_row(steps: Iterator[list[int | None]], row: list[int]) -> Iterator[int]:
@@ -412,7 +414,7 @@ def collect_row(steps: Iterator[list[int | None]], row: list[int]) -> Iterator[i
 def summarize(
     model: Llama, cache: Cache, read_tokens: int, read_seconds: float, made: int, seconds: float
 ) -> str:
-    """What was done and what it took, in four lines."""
+    """What was done and what it took, in a few lines."""
     lines = [
         f"read {read_tokens:,} tokens in {read_seconds:.1f} s "
         f"({read_tokens / read_seconds:.0f} tokens/s), "
@@ -443,8 +445,10 @@ def main(argv: list[str] | None = None) -> None:
         check_target(args.save_cache)
     if args.cache == "full" and (args.save_cache or args.load_cache):
         raise ValueError("--cache: was full, must be another to save or load a cache")
-    if args.compile and args.num_samples > 1:  # it would compile anew for each
+    if args.compile and args.num_samples > 1:  # each would be compiled
         raise ValueError("--compile: was given with --num-samples, must be without")
+    if args.compile and args.cache == "full":
+        raise ValueError("--compile: was given with --cache full, must be with another")
     tokenizer = load_tokenizer(args.model)
     texts = read_prompts(args.prompt, args.prompt_file)
     continues = args.load_cache is not None
@@ -453,8 +457,6 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
     cache = choose_cache(args, model, tokens)
-    if args.compile and isinstance(cache, FullCache):
-        raise ValueError("--compile: was given with a full cache, must be with --cache freqkv")
 
     start = time.perf_counter()
     logits = read(model, tokens, cache, args.chunk, progress=True)

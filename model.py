@@ -222,7 +222,7 @@ class FullCache:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
 
-    The same function stands in model.py and in freqkv.py, so that either leaves alone.
+    The same function stands in model.py and in freqkv.py, so that each can be taken alone.
     """
     batch, heads, time, dim = q.shape
     kv_heads = k.shape[1]

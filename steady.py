@@ -1,16 +1,17 @@
-"""A token at a time in shapes that never change: one graph for a text of any length.
+"""Decoding in shapes that never change: one graph for a text of any length.
 
     read_token = Steady(model, cache)   # a FreqKVCache or LevelsCache that has read a text
     logits = read_token(tokens)         # [B] -> [B, V]
 
-A plain cache grows, so each token is computed in a shape of its own. Here there are N slots for
-ever: the new token reads all of them, and a mask hides those that are free. Where it stands is a
-tensor, which the graph reads anew each time. So `torch.compile` makes one graph for all tokens (on
-CUDA with mode="reduce-overhead" a CUDA graph, which is replayed). A round of compression has other
-shapes; it runs outside the graph, before the token that needs its room.
+A plain cache grows, so each token is computed in a shape of its own. Here there are always N slots:
+the new token reads all of them, and a mask hides those that are free. The number of its slot is
+kept in a tensor, so a graph reads its current value in place of a constant. `torch.compile` makes
+one graph for all tokens, on CUDA a CUDA graph that is replayed. A round of compression has other
+shapes; it runs outside the graph, before the token that it frees a slot for.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -27,7 +28,8 @@ class Steady:
     """Reads single tokens into a cache that has read a text, by a step that `transform` compiles.
 
     transform: takes the step, and gives one that computes the same; default `compile_step`. While
-    it is used, the cache must not be given anything else to read.
+    it is in use, do not reset() or reorder() the cache. On CUDA the logits of one call are gone
+    with the next: use them first, or clone them.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class Steady:
         device = model.norm.weight.device
         self.model = model
         self.cache = cache
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)  # where the new token stands
-        self._slots = torch.arange(cache.config.window, device=device)
+        with torch.inference_mode(False):  # tensors made in that mode could not be written outside
+            self._slot = torch.zeros(1, dtype=torch.long, device=device)  # of the new token
+            self._slots = torch.arange(cache.config.window, device=device)
         model.rope.table(device, cache.config.window)  # made here, not within a graph
-        for buffer in (*cache._keys.values(), *cache._values.values(), self._slot):
-            torch._dynamo.mark_static_address(buffer)  # CUDA graphs write where they were captured
+        buffers = [*cache._keys.values(), *cache._values.values(), self._slot, self._slots]
+        for buffer in buffers:
+            # A CUDA graph uses these where they are, and copies whatever else it is given.
+            torch._dynamo.mark_static_address(buffer)
         self._step = (transform or compile_step)(self._forward)
 
     @torch.no_grad()
@@ -50,25 +55,31 @@ class Steady:
         """Read tokens [B], one for each row; logits [B, V] of the next."""
         cache = self.cache
         cache._check_whole()
+        if tokens.shape != (cache.batch,) or tokens.device != self._slot.device:
+            was = f"{tuple(tokens.shape)} on {tokens.device}"
+            raise ValueError(f"tokens: were {was}, must be [{cache.batch}] on {self._slot.device}")
         cache._busy = True  # until all layers have read the token
-        for layer, seen in cache._tokens.items():
-            slot, _ = cache._make_room(
-                cache._keys[layer], cache._values[layer], seen, self.model.rope
-            )
-        self._slot.fill_(slot)  # the same in all layers
+        slot = cache.slots
+        for layer, seen in cache._tokens.items():  # all have read the same: a round in all or none
+            keys = cache._keys[layer]
+            values = cache._values[layer]
+            slot, _ = cache._make_room(keys, values, seen, self.model.rope)
+        self._slot.fill_(slot)
         logits = self._run(tokens)
         for layer in cache._tokens:
             cache._tokens[layer] += 1
         cache._busy = False
         return logits
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Steady":
+        raise TypeError("Steady: was copied, must be made anew, of a copy of its cache")
+
     def _run(self, tokens: Tensor) -> Tensor:
         try:
             return self._step(tokens)
-        except torch._dynamo.exc.TorchDynamoException as error:  # once, before anything is written
+        except torch._dynamo.exc.TorchDynamoException as error:
             why = " ".join(str(error).split("\n")[:2])
-            must = "must work; without --compile there is no need of it"
-            raise ValueError(f"torch.compile: failed ({why}), {must}") from error
+            raise ValueError(f"torch.compile: failed ({why}), must work, or be left out") from error
 
     def _forward(self, tokens: Tensor) -> Tensor:
         hidden = self.model.hidden(tokens[:, None], self._attend)

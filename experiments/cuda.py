@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import cli
 from experiments import report
+from weights.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
@@ -119,7 +121,7 @@ def tune(folder: Path, run: Run, plan: Plan, flags: Sequence[str], seconds: floa
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = [record["seconds"] for record in records if "seconds" in record]
     steps = max(int(seconds / median(times)), plan.first_steps + 1)
-    steps_file = folder / f"{run.name}.steps"  # the same when it goes on
+    steps_file = folder / f"{run.name}.steps"  # kept: it goes on to the same number of steps
     if not steps_file.exists():
         steps_file.write_text(str(steps))
     run_piece(folder, f"{run.name}-tuned", [*command, "--steps", steps_file.read_text()])
@@ -153,6 +155,17 @@ def format_results(folder: Path) -> str:
     return report.format_table(head, rows)
 
 
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what the pieces in a folder are made with; ValueError where that was another."""
+    path = folder / "cuda.settings.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    for name, value in read_json(path).items():
+        if value != settings[name]:
+            raise ValueError(f"--{name}: was {settings[name]}, must be {value}, as {folder} began")
+
+
 # The script
 
 
@@ -176,10 +189,27 @@ def main(argv: list[str] | None = None) -> None:
     cli.choose_device(args.device)
     folder = report.open_folder(args.out, "cuda", "all").absolute()
     plan = QUICK if args.quick else FULL
+    keep_settings(
+        folder,
+        {
+            "quick": args.quick,
+            "minutes": args.minutes,
+            "data": args.data,
+            "texts": args.texts,
+            "device": args.device,
+        },
+    )
     run_all(args, plan, folder)
     table = format_results(folder)
     (folder / "table.txt").write_text(table + "\n")
     print(table)
+
+
+def name_texts(paths: list[str] | None) -> list[str]:
+    """The flag --data for a piece, which runs in another folder."""
+    if not paths:
+        return []
+    return ["--data", *(str(Path(path).absolute()) for path in paths)]
 
 
 def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
@@ -194,8 +224,8 @@ def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
             command.append("--compile")
         run_piece(folder, f"speed-{case}", command)
     seconds = 0.0 if args.quick else 60 * args.minutes
-    data = ["--data", *args.data] if args.data else []
-    texts = ["--data", *args.texts] if args.texts else []
+    data = name_texts(args.data)
+    texts = name_texts(args.texts)
     for run in RUNS:
         tune(folder, run, plan, [*device, *data], seconds)
     for run in RUNS:

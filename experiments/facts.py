@@ -1,7 +1,7 @@
 """Texts that tell facts and ask for them later: rows for train.py, so that it teaches the slots.
 
     python -m experiments.facts --model smollm2 --data 'books/*.txt' --out facts.jsonl
-    python train.py --model smollm2 --sft facts.jsonl --lora --attention distinct --vary ...
+    python train.py --model smollm2 --sft facts.jsonl --lora --attention distinct --window 512 ...
 
 Prose never asks for what was told a thousand tokens ago, so tuning on prose does not teach a model
 to keep it. Here facts (numbers, names, places) are strewn into stretches of real text, a line each,
@@ -13,7 +13,7 @@ tasks `places` and `people` are held out of these.
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,13 @@ Random = np.random.Generator
 Part = tuple[str, bool]  # text, and whether it is learnt
 SENTENCE = re.compile(r"[.!?]['\"”]?\s")
 LINE = re.compile("\n")
+SPACE = re.compile(" ")
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 # Facts
 
 
-@cache
+@lru_cache
 def read_words(name: str, test: bool) -> list[str]:
     """The words of that name: every fifth is kept for testing, the others are taught."""
     words = " ".join(WORDS[name]).split()
@@ -70,14 +71,14 @@ def make_row(
 ) -> list[Part]:  # fmt: skip
     """Parts of a text of at least `length` tokens that tells up to `facts` facts and asks for them.
 
-    A quarter of the texts begin with a fact. Each is asked for once, or twice, for an answer tells
-    the fact again, at distances from 32 tokens to the whole length: half of them of all orders of
-    magnitude alike, the others of all lengths alike. `learnt` is the share of paragraphs that are
-    learnt.
+    A quarter of the texts begin with a fact. Each is asked for once or twice (an answer tells it
+    again), after 32 tokens to the whole length: half of the distances are drawn evenly, half evenly
+    in the logarithm. It is told and asked for at the next end of a paragraph; what is due after the
+    end is left out. `learnt` is the share of paragraphs that are learnt.
     """
     events: list[tuple[float, str, str]] = []  # when it is due, in tokens; the text; the answer
-    count = int(rng.integers(max(facts // 4, 1), facts + 1))
-    things = rng.choice(read_words("things", False), count, replace=False)
+    number_of_facts = rng.integers(max(facts // 4, 1), facts + 1)
+    things = rng.choice(read_words("things", False), number_of_facts, replace=False)
     opens = rng.random() < 0.25
     for number, thing in enumerate(things):
         template = WORDS["taught"][rng.integers(len(WORDS["taught"]))]
@@ -116,16 +117,18 @@ def make_row(
 
 
 def split_paragraphs(text: str, size: int = 400) -> list[str]:
-    """A text in stretches of about `size` characters, as it stands: whole sentences, else lines."""
+    """A text in stretches of about `size` characters: whole sentences, else lines, else words."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         left = paragraph.strip("\n")
         while len(left) > size:
-            end = SENTENCE.search(left, size // 2, 2 * size) or LINE.search(left, size // 2)
-            if end is None:
-                break
-            paragraphs.append(left[: end.end()].rstrip())
-            left = left[end.end() :].lstrip("\n ")
+            for pattern in (SENTENCE, LINE, SPACE):
+                end = pattern.search(left, size // 2, 2 * size)
+                if end is not None:
+                    break
+            cut = 2 * size if end is None else end.end()
+            paragraphs.append(left[:cut].rstrip())
+            left = left[cut:].lstrip("\n ")
         if left.strip():
             paragraphs.append(left)
     return paragraphs
@@ -141,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", default="smollm2", help="whose tokenizer counts the tokens [%(default)s]")
     add("--data", nargs="+", metavar="PATH", required=True, help="text files, folders, patterns")
     add("--rows", type=integer(1), default=1000, help="texts to make [%(default)s]")
-    add("--length", type=integer(256), default=2048, help="tokens of each [%(default)s]")
+    add("--length", type=integer(256), default=2048, help="tokens of each, at least [%(default)s]")
     add("--facts", type=integer(1, 70), default=12, help="told in each, at most [%(default)s]")
     text = "share of the paragraphs that are learnt [%(default)s]"
     add("--learnt", type=cli.real(0, 1), default=0.03, help=text)
@@ -155,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.model)
     books = [split_paragraphs(read_text(file)) for file in data_files(args.data)]
     sizes = np.array([len(book) for book in books])
+    if sizes.sum() == 0:
+        raise ValueError(f"--data: {' '.join(args.data)} held no text, must hold some")
     lines = []
     for number in tqdm(range(args.rows), unit=" rows", disable=None):
         rng = np.random.default_rng((args.seed, number))

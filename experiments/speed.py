@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-from dct import LEAST_TO_FOLD, MAX_MATRIX_LENGTH, _lowpass_by_fft, lowpass, lowpass_matrix
+from dct import LEAST_TO_SPLIT, MAX_MATRIX_LENGTH, _lowpass_by_fft, lowpass, lowpass_matrix
 from experiments import peers, report
 from experiments.report import Record
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
@@ -413,7 +413,7 @@ def compare_ways(span: int, heads: int, dtype: torch.dtype, device: torch.device
 def count_half_products(n: int, keep: int) -> int:
     """Numbers in the matrices by which `lowpass` makes `keep` of n samples."""
     one = ((keep + 1) // 2) * ((n + 1) // 2)
-    if n >= LEAST_TO_FOLD and n % 2 == 0 and keep % 2 == 0:
+    if n >= LEAST_TO_SPLIT and n % 2 == 0 and keep % 2 == 0:
         return one + count_half_products(n // 2, keep // 2)
     return 2 * one
 

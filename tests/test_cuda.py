@@ -61,6 +61,9 @@ def test_all_pieces(tmp_path, outcome, monkeypatch):
     again = outcome(cuda, *flags)
     assert again.out.count("done before") == 6
     assert table in again.out
+    other = outcome(cuda, *flags, "--minutes", 3)
+    assert other.code == 2
+    assert "--minutes: was 3.0, must be 8.0, as" in other.err
 
 
 def test_a_device_that_is_not_there(outcome, tmp_path):

@@ -151,7 +151,7 @@ def test_lowpass_samples_a_band_limited_signal_anew(n_keep):
 def test_lowpass_is_its_matrix(least, n_keep):
     n, keep = n_keep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dct_file, "LEAST_TO_FOLD", least)
+        patch.setattr(dct_file, "LEAST_TO_SPLIT", least)
         check_lowpass(n, keep)
 
 

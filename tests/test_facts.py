@@ -64,13 +64,14 @@ def test_some_texts_begin_with_a_fact_and_some_do_not(checkpoint):
     assert 0.1 < np.mean(begin) < 0.45
 
 
-@pytest.mark.parametrize("text", [PROSE, "x = 1\ny = [2,\n    3]\n" * 90, "word " * 900])
+@pytest.mark.parametrize(
+    "text", [PROSE, "x = 1\ny = [2,\n    3]\n" * 90, "word " * 900, "x" * 5000, "\n\n\n"]
+)
 def test_stretches_are_the_text_as_it_stands(text):
     paragraphs = facts.split_paragraphs(text)
     assert "".join("".join(paragraphs).split()) == "".join(text.split())
     assert all(paragraph in text for paragraph in paragraphs)
-    if "." in text or "=" in text:
-        assert max(len(paragraph) for paragraph in paragraphs) <= 800
+    assert all(0 < len(paragraph) <= 800 for paragraph in paragraphs)
 
 
 def test_rows_are_as_long_as_asked_and_learn_answers_alone(checkpoint, outcome, tmp_path):
@@ -130,10 +131,13 @@ def test_what_is_tested_is_never_taught():
         (["--out", "no/such/x.jsonl"], "--out: was no/such/x.jsonl"),
         (["--out", "README.md"], "--out: README.md was there already"),
         (["--data", "nowhere"], "--data: nowhere held no file"),
+        (["--data", "BLANK"], "BLANK held no text, must hold some"),
     ],
 )
 def test_bad_input(outcome, checkpoint, tmp_path, flags, says):
     (tmp_path / "book.txt").write_text(PROSE)
+    (tmp_path / "BLANK").write_text("\n \n\n")
+    flags = [tmp_path / flag if flag == "BLANK" else flag for flag in flags]
     given = ["--model", checkpoint, "--data", tmp_path / "book.txt", "--out", tmp_path / "x"]
     ran = outcome(facts, *given, *flags)
     assert ran.code == 2

@@ -3,6 +3,8 @@
 Run: pytest tests/test_steady.py
 """
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -100,6 +102,36 @@ def test_an_empty_cache_is_refused(model):
         Steady(model, FreqKVCache(CONFIG))
 
 
+@torch.no_grad()
+def test_a_wrong_token_leaves_the_cache_whole(model):
+    plain, other = make_caches("freqkv")
+    tokens = random_tokens(2, 25)
+    model(tokens[:, :24], plain)
+    model(tokens[:, :24], other)  # the next token sets off a round
+    step = Steady(model, other, as_it_is)
+    for wrong in (tokens[0, 0], tokens[:, :1], tokens[:1, 0], tokens[:, 0].to("meta")):
+        with pytest.raises(ValueError, match=r"tokens: were .*, must be \[2\] on cpu"):
+            step(wrong)
+    assert_close(step(tokens[:, 24]), read_token(model, plain, tokens[:, 24]))
+
+
+def test_made_in_inference_mode_it_works_outside(model):
+    cache = FreqKVCache(CONFIG)
+    with torch.inference_mode():
+        model(random_tokens(1, 20), cache)
+        step = Steady(model, cache, as_it_is)
+    step(torch.zeros(1, dtype=torch.long))
+    assert cache.tokens_seen == 21
+
+
+@torch.no_grad()
+def test_the_cache_is_copied_and_not_what_reads_into_it(model):
+    cache = FreqKVCache(CONFIG)
+    model(random_tokens(1, 20), cache)
+    with pytest.raises(TypeError, match="must be made anew"):
+        copy.deepcopy(Steady(model, cache, as_it_is))
+
+
 # generate.py --compile
 
 
@@ -119,7 +151,7 @@ def test_the_script_writes_the_same(tmp_path, outcome, monkeypatch, schedule):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--cache", "full"], "--compile: was given with a full cache"),
+        (["--cache", "full"], "--compile: was given with --cache full"),
         (["--num-samples", "2"], "--compile: was given with --num-samples"),
     ],
 )
@@ -144,7 +176,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, outcome, monkeypatch):
     assert ran.code == 2
     assert "torch.compile: failed (" in ran.err
     assert "No working C++ compiler" in ran.err
-    assert "without --compile" in ran.err
+    assert "or be left out" in ran.err
 
 
 # On a GPU
