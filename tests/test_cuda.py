@@ -36,10 +36,10 @@ def test_steps_fill_the_time(tmp_path, monkeypatch):
     times = [{"step": 0, "val_loss": 1}, {"step": 1, "seconds": 9}, {"step": 2, "seconds": 2}]
     lines = "".join(json.dumps(record) + "\n" for record in [*times, {"step": 3, "seconds": 1.5}])
     (tmp_path / "x/log.jsonl").write_text(lines)
-    cuda.tune(tmp_path, run, cuda.FULL, [], seconds=100)
+    cuda.tune(tmp_path, run, cuda.FULL, {}, seconds=100)
     assert ran == ["3", "50"]
     (tmp_path / "x/log.jsonl").write_text(lines.replace("1.5", "2.5"))
-    cuda.tune(tmp_path, run, cuda.FULL, [], seconds=100)  # when it goes on, as many as before
+    cuda.tune(tmp_path, run, cuda.FULL, {}, seconds=100)  # when it goes on, as many as before
     assert ran[2:] == ["3", "50"]
 
 

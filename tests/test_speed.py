@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_tokens, read, tiny_checkpoint, tiny_config, tiny_model
+from helpers import compile_eagerly, random_tokens, read, tiny_checkpoint, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -294,9 +294,6 @@ def test_all_slots_are_in_use_at_the_end_of_a_text(monkeypatch):
 
 
 def test_decoding_by_a_compiled_graph(setup, monkeypatch):
-    def compile_eagerly(step):
-        return torch.compile(step, fullgraph=True, backend="eager")
-
     monkeypatch.setattr(steady, "compile_step", compile_eagerly)
     monkeypatch.setattr(peers, "other_steps", lambda *arguments: iter(()))
     records = speed.decode(replace(setup, compiled=True))

@@ -17,7 +17,7 @@ from generate import read_token
 from levels import LevelsCache, LevelsConfig
 from model import Rope
 from steady import Steady
-from tests.helpers import random_tokens, tiny_checkpoint, tiny_model
+from tests.helpers import compile_eagerly, random_tokens, tiny_checkpoint, tiny_model
 
 CONFIG = FreqKVConfig(window=24, sinks=2, recent=4)
 LEVELS = LevelsConfig(window=32, sinks=2, recent=6, block=3)
@@ -31,10 +31,6 @@ def make_caches(name):
 
 def as_it_is(step):
     return step
-
-
-def compile_eagerly(step):
-    return torch.compile(step, fullgraph=True, backend="eager")
 
 
 @pytest.fixture(scope="module")
