@@ -15,7 +15,7 @@ import torch
 import weights
 from examples.transformers_freqkv import Conversation, attach, detach
 from experiments import peers
-from experiments.speed import WARM, time_tokens
+from experiments.speed import WARM, find_round, time_tokens
 from freqkv import FreqKVConfig
 
 TOKENS = 8  # timed in each turn
@@ -28,9 +28,9 @@ def main(lengths: Sequence[int]) -> None:
     host = peers.make_twin(model)
     config = FreqKVConfig(window=2048)
     for tokens in lengths:
-        # All slots are taken when the last token has been timed, and no round comes before.
-        rounds = max(0, tokens - config.window) // config.stride
-        end = config.window + rounds * config.stride
+        # No round comes before the last token has been timed, which finds all slots taken, or as
+        # many as there are tokens.
+        end = min(tokens, find_round(config, tokens))
         start = end - TURNS * (WARM + TOKENS)
         own = peers.fill_freqkv_cache(model, start, config)
         talk = Conversation(config)

@@ -590,6 +590,8 @@ def draw(figure: Any, records: Sequence[Record], what: Picture) -> None:
         x, y = curves.setdefault(record["peer"], ([], []))
         x.append(record["tokens"])
         y.append(record[what.field] * what.scale)
+    # What was measured at one length alone, as --compile is, stands in the table.
+    curves = {peer: curve for peer, curve in curves.items() if len(curve[0]) > 1}
     report.draw_curves(axes, curves)
     report.add_legend(figure)
     axes.set(yscale="log", xlabel="tokens read before", ylabel=what.label)
