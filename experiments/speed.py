@@ -34,6 +34,7 @@ from experiments import peers, report
 from experiments.report import Record
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from generate import read_parts
+from levels import LevelsCache, LevelsConfig
 from model import Attend, Llama, LlamaConfig, Rope, causal_attention
 
 WARM = 3  # tokens before the clock starts
@@ -319,35 +320,55 @@ def measure_bandwidth(size: int, device: torch.device) -> float:
     return matrix.nbytes / min(seconds)
 
 
-class TimedCache(FreqKVCache):
-    """A FreqKV cache that adds up the seconds of its rounds of compression."""
+class TimedRounds:
+    """What makes a cache keep the seconds of each of its rounds, by their place in the text."""
 
-    seconds = 0.0
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.seconds: dict[int, float] = {}  # of all layers, after so many tokens
 
-    def _compress(self, keys: Tensor, values: Tensor, rope: Any) -> None:
+    def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Any) -> tuple[int, int]:
         start = read_clock(keys.device)
-        super()._compress(keys, values, rope)
-        self.seconds += read_clock(keys.device) - start
+        room = super()._make_room(keys, values, seen, rope)  # type: ignore[misc]
+        config = self.config  # type: ignore[attr-defined]
+        if config.rounds(seen + 1) > config.rounds(seen):
+            took = read_clock(keys.device) - start
+            self.seconds[seen] = self.seconds.get(seen, 0.0) + took
+        return room
+
+
+class TimedFreqKVCache(TimedRounds, FreqKVCache):
+    """A FreqKV cache of which the rounds are timed."""
+
+
+class TimedLevelsCache(TimedRounds, LevelsCache):
+    """A cache on levels of which the rounds are timed."""
 
 
 @torch.inference_mode()
 def prefill(setup: Setup) -> list[Record]:
-    """Tokens read a second: by FreqKV, a whole text; by the others, the next tokens at a place."""
+    """Tokens read a second: on slots, a whole text; by the others, the next tokens at a place."""
     model = peers.make_model(setup.model, setup.dtype, setup.device)
-    schedule = make_schedule(setup.sizes.windows[0], model.config)
+    paper = make_schedule(setup.sizes.windows[0], model.config)
+    ladder = cli.make_schedule({"schedule": "levels", "window": paper.window}, model.config)
     reads = setup.sizes.reads
+    # The ladder at one length alone: from the first windows on, either costs the same for ever.
+    plan = [("FreqKV", paper, reads), ("levels", ladder, reads[:1])]
     records = []
-    time_reading(model, schedule, schedule.window + 1)  # the first round of all makes the matrices
-    for tokens in reads:
-        seconds, in_rounds = time_reading(model, schedule, tokens)
-        records.append(
-            {
-                "peer": f"FreqKV, window {schedule.window}",
-                "tokens": tokens,
-                "rate": tokens / seconds,
-                "rounds": in_rounds / seconds,
-            }
-        )
+    for name, schedule, lengths in plan:
+        # The first rounds of all make the matrices.
+        time_reading(model, schedule, schedule.window + 1)
+        for tokens in lengths:
+            seconds, rounds = time_reading(model, schedule, tokens)
+            records.append(
+                {
+                    "peer": f"{name}, window {schedule.window}",
+                    "tokens": tokens,
+                    "rate": tokens / seconds,
+                    "rounds": sum(rounds) / seconds,
+                    "longest_round_ms": 1e3 * max(rounds),
+                }
+            )
     # The others read a part to warm up, from a little earlier, and then one that is timed.
     count = min(CHUNK, min(reads) // 2)
     part = torch.randint(model.config.vocab_size, (1, count), device=setup.device)
@@ -359,15 +380,19 @@ def prefill(setup: Setup) -> list[Record]:
     return records
 
 
-def time_reading(model: Llama, schedule: FreqKVConfig, tokens: int) -> tuple[float, float]:
-    """Seconds of reading a text of so many tokens, and of the rounds of compression in it."""
+def time_reading(model: Llama, schedule: cli.Schedule, tokens: int) -> tuple[float, list[float]]:
+    """Seconds of reading a text of so many tokens, and of each round of compression in it."""
     device = model.norm.weight.device
     text = torch.randint(model.config.vocab_size, (1, tokens))
-    cache = TimedCache(schedule)
+    cache: TimedFreqKVCache | TimedLevelsCache
+    if isinstance(schedule, LevelsConfig):
+        cache = TimedLevelsCache(schedule)
+    else:
+        cache = TimedFreqKVCache(schedule)
     start = read_clock(device)
     for _ in read_parts(model, text, cache, CHUNK):
         pass
-    return read_clock(device) - start, cache.seconds
+    return read_clock(device) - start, list(cache.seconds.values())
 
 
 @torch.inference_mode()

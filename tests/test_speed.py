@@ -21,6 +21,7 @@ import steady
 from dct import lowpass
 from experiments import peers, speed
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
+from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama, causal_attention
 
 CPU = torch.device("cpu")
@@ -353,8 +354,15 @@ def test_reading_is_of_the_whole_text(clock, monkeypatch):
     total, rounds = speed.time_reading(tiny_model(), CONFIG, 38)
     count = CONFIG.rounds(38)
     assert count == 4 == CONFIG.rounds(37) + 1  # the last token sets off a round
-    assert rounds == 2 * count * 10
-    assert total == rounds + 1 + count  # one part fills the window, one follows each round
+    assert rounds == [2 * 10] * count  # two layers
+    assert total == sum(rounds) + 1 + count  # one part fills the window, one follows each round
+
+
+def test_rounds_on_a_ladder_are_timed(clock, monkeypatch):
+    clock.takes(monkeypatch, LevelsCache, "_make_room", 10)  # calls that make no room too
+    schedule = LevelsConfig(window=16, sinks=1, recent=3, block=2)
+    _, rounds = speed.time_reading(tiny_model(), schedule, 38)
+    assert rounds == [2 * 10] * schedule.rounds(38)
 
 
 def test_the_next_tokens_are_read_at_the_place_that_is_told(setup, monkeypatch):
@@ -364,13 +372,16 @@ def test_the_next_tokens_are_read_at_the_place_that_is_told(setup, monkeypatch):
     texts = []
 
     def time_reading(model, schedule, tokens):
-        texts.append(tokens)
-        return 2.0, 1.0
+        texts.append((type(schedule).__name__, tokens))
+        return 2.0, [0.25, 0.75]
 
     monkeypatch.setattr(speed, "time_reading", time_reading)
     records = speed.prefill(setup)
-    assert texts == [17, 40, 80]  # the first warms up
-    assert [r["rate"] for r in records[:2]] == [20, 40]
+    paper = [("FreqKVConfig", n) for n in (17, 40, 80)]  # the first warms up
+    assert texts == [*paper, ("LevelsConfig", 17), ("LevelsConfig", 40)]
+    assert [r["rate"] for r in records[:3]] == [20, 40, 20]
+    assert [r["rounds"] for r in records[:3]] == [0.5] * 3
+    assert [r["longest_round_ms"] for r in records[:3]] == [750] * 3
     assert [r["tokens"] for r in records if r["peer"] == "full cache"] == [40, 80]
     assert seen == [(20, 20), (40, 20), (60, 20), (80, 20)]
 
@@ -442,7 +453,7 @@ def test_every_case_runs(checkpoint, in_this_process, outcome, tmp_path, monkeyp
     fields = {
         "decode": ["peer", "tokens", "ms", "longest_ms", "cache_bytes", "share_of_rounds"],
         "roofline": ["dtype", "bytes", "ms", "bandwidth", "share"],
-        "prefill": ["peer", "tokens", "rate", "rounds"],
+        "prefill": ["peer", "tokens", "rate", "rounds", "longest_round_ms"],
         "compression": ["way", "span", "heads", "ms", "dtype", "error", "bytes"],
         "training": ["peer", "window", "tokens", "ms", "peak_bytes"],
         "memory": ["model", "tokens", "peak_bytes", "cache_bytes"],
