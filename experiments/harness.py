@@ -131,7 +131,10 @@ def make_strategies(names: Sequence[str], schedule: cli.Schedule) -> list[Strate
     """The strategies of these names, all with as many slots."""
     strategies = []
     for name in names:
-        strategies.append(Strategy(name, None if name == "full" else schedule))
+        if name == "full":
+            strategies.append(Strategy(name, None))
+        else:
+            strategies.append(Strategy(name, schedule))
     return strategies
 
 

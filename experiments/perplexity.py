@@ -138,25 +138,40 @@ def draw_positions(figure: Any, points: Sequence[Record]) -> None:
     for name, group in report.group_by_strategy(points).items():
         losses[name] = np.array([point["loss"] for point in group])
         middle = [(point["tokens_from"] + point["tokens_to"]) / 2 for point in group]
-    best = min(losses, key=lambda name: losses[name].mean())
+    curves = {}
+    for name, values in losses.items():
+        curves[name] = (middle, values)
     if len(losses) == 1:
         upper = lower = figure.subplots()
     else:
         figure.set_size_inches(7, 6)
         upper, lower = figure.subplots(2, sharex=True)
-        above = {name: (middle, y - losses[best]) for name, y in losses.items()}
-        report.draw_curves(lower, above)
-        lower.set_ylabel(f"above {best} (nats a token)")
-        gaps = np.abs([y for name, (_, y) in above.items() if name != best])
-        if gaps.max() > NONE:
-            far = 4 * float(np.median(gaps[gaps > NONE]))
-            if far < gaps.max():
-                lower.set_ylim(-far / 4, far)
-    report.draw_curves(upper, {name: (middle, y) for name, y in losses.items()})
+        draw_gaps(lower, middle, losses)
+    report.draw_curves(upper, curves)
     upper.set_ylabel("loss (nats a token)")
     upper.set_title(report.cut_high(upper, [point["loss"] for point in points]), fontsize=9)
     lower.set_xlabel("place in the text (tokens)")
     report.add_legend(figure)
+
+
+def draw_gaps(axes: Any, middle: Sequence[float], losses: dict[str, np.ndarray]) -> None:
+    """How far each strategy is above the best of them, of losses [P] at P places."""
+    best = min(losses, key=lambda name: losses[name].mean())
+    curves = {}
+    gaps = []
+    for name, values in losses.items():
+        gap = values - losses[best]
+        curves[name] = (middle, gap)
+        if name != best:
+            gaps.append(np.abs(gap))
+    report.draw_curves(axes, curves)
+    axes.set_ylabel(f"above {best} (nats a token)")
+    # The axis ends at four times the usual gap, where some are far above it.
+    sizes = np.concatenate(gaps)
+    if sizes.max() > NONE:
+        far = 4 * float(np.median(sizes[sizes > NONE]))
+        if far < sizes.max():
+            axes.set_ylim(-far / 4, far)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def draw_picture(path: Path, draw: Callable[..., None], *about: Any) -> None:
     print(f"drawn: {path}")
 
 
-def draw_curves(axes: Any, curves: dict[str, Curve]) -> None:
+def draw_curves(axes: Any, curves: Mapping[str, Curve]) -> None:
     """Draw named curves that differ in line, marker and grey; from the seventh on, hollow."""
     for number, (name, (x, y)) in enumerate(curves.items()):
         line, marker, grey = LOOKS[number % len(LOOKS)]
