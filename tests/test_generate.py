@@ -519,3 +519,12 @@ def test_bf16_generation_past_the_window(checkpoint):
     rows = list(generate.write(step, logits, (), 40, Sampling(0.8)))
     assert len(rows) == 40
     assert cache.rounds > 5
+
+
+def test_a_fingerprint_tells_models_apart():
+    """The same weights with another rotation are another model."""
+    model = tiny_model()
+    assert generate.fingerprint(model) == generate.fingerprint(tiny_model())
+    assert generate.fingerprint(model) != generate.fingerprint(tiny_model(seed=1))
+    turned = tiny_model(tiny_config(rope_theta=500.0))
+    assert generate.fingerprint(model) != generate.fingerprint(turned)
