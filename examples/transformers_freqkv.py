@@ -8,8 +8,8 @@
     detach(model)
 
 (`cache` is called `past_key_values` before transformers 5.24.) A hook before each attention module
-puts a rotation by nothing in place of the positions, so that q and k arrive unrotated at `attend`,
-which hands them to FreqKV with the host's own rotation. The model remembers no text: a
+replaces cos and sin by 1 and 0, so that the host rotates nothing and q and k arrive as they were at
+`attend`, which hands them to FreqKV with the host's own rotation. The model remembers no text: a
 Conversation does, and travels through the host as its cache.
 """
 

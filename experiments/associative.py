@@ -1,7 +1,7 @@
 """What can slots remember, once a model is trained with them? Facts, by their age.
 
     python -m experiments.associative --steps 100 --strategies lowband,distinct   # a few minutes
-    python -m experiments.associative --seeds 3 --plot                            # hours
+    python -m experiments.associative --seeds 3 --plot                            # an hour or two
 
 A text is filler, with a few tokens strewn in that each hold a fact, a (key, value) pair, and tokens
 that ask for the value of a key told before. Small models (two layers of 64 channels) are trained

@@ -8,7 +8,7 @@ Cases: decode, time a token by length of text; roofline, the same against the me
 prefill, tokens read a second; compression, one round of it alone; training, attention with
 gradients; memory, the peak by length of text; big, decoding with the shape of LLaMA-2-7B.
 
-Times are medians, beside the longest of decoding. What is compared runs one after the other;
+Times are medians; decoding also gives the longest. What is compared runs one after the other;
 measure on a machine that does nothing else. Results go to the folder --out, as tables, JSON, CSV
 and pictures.
 """
