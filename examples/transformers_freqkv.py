@@ -8,7 +8,7 @@
     detach(model)
 
 (`cache` is called `past_key_values` before transformers 5.24.) A hook before each attention module
-replaces cos and sin by 1 and 0, so that the host rotates nothing and q and k arrive as they were at
+replaces cos and sin by 1 and 0, so that the host rotates nothing, and q and k arrive unrotated at
 `attend`, which hands them to FreqKV with the host's own rotation. The model remembers no text: a
 Conversation does, and travels through the host as its cache.
 """
