@@ -303,7 +303,7 @@ def measure_windows(
 ) -> dict[Strategy, list[Record]]:  # fmt: skip
     """What each strategy loses in each window; what the journal at `path` knows is not read again.
 
-    Of a window: "sums", its loss summed to each of the lengths, and "bins", the means of stretches.
+    Of a window, what `summarize_losses` makes of it.
     """
     journal = open_journal(path, model, lengths, [text.digest() for text in texts])
     todo = []
@@ -320,13 +320,25 @@ def measure_windows(
             cache = strategy.make_cache(length)
             losses = token_losses(model, torch.stack(rows), cache, chunk, bar.update)
             for window, row in zip(batch, losses.double(), strict=True):
-                sums = {str(n): row[: n - 1].sum().item() for n in lengths if n <= length}
-                bins = [x.mean().item() for x in row.tensor_split(min(BINS, length - 1))]
-                journal[strategy, window] = {"sums": sums, "bins": bins}
+                journal[strategy, window] = summarize_losses(row, lengths)
     values = {}
     for strategy in strategies:
         values[strategy] = [journal[strategy, window] for window in windows]
     return values
+
+
+def summarize_losses(losses: Tensor, lengths: Sequence[int]) -> Record:
+    """Of the losses [n - 1] of n tokens: "sums", to each of the lengths, and "bins", the means of
+    stretches.
+    """
+    sums = {}
+    for length in lengths:
+        if length - 1 <= len(losses):
+            sums[str(length)] = losses[: length - 1].sum().item()
+    bins = []
+    for stretch in losses.tensor_split(min(BINS, len(losses))):
+        bins.append(stretch.mean().item())
+    return {"sums": sums, "bins": bins}
 
 
 def make_batches(
@@ -360,8 +372,11 @@ def summarize_length(windows: Sequence[Window], values: Sequence[Record], length
     for window, loss in losses:
         unit = window.document if len(documents) > 1 else window.start // length
         units.setdefault(unit, []).append(loss)
-    sums = [sum(unit) for unit in units.values()]
-    counts = [len(unit) * (length - 1) for unit in units.values()]
+    sums = []
+    counts = []
+    for unit_losses in units.values():
+        sums.append(sum(unit_losses))
+        counts.append(len(unit_losses) * (length - 1))
     mean, half = mean_interval(sums, counts)
     return {
         "length": length,

@@ -105,10 +105,16 @@ def average_positions(windows: Sequence[Window], values: Sequence[Record]) -> li
 
 def format_perplexities(records: Sequence[Record], lengths: Sequence[int]) -> str:
     """A table: a row for each strategy, a column for each length."""
+    head = ["perplexity ±95%"]
+    for length in lengths:
+        head.append(f"{length:,}")
     rows = []
     for name, group in report.group_by_strategy(records).items():
-        rows.append([name, *(harness.format_perplexity(record) for record in group)])
-    return report.format_table(["perplexity ±95%", *(f"{length:,}" for length in lengths)], rows)
+        row = [name]
+        for record in group:
+            row.append(harness.format_perplexity(record))
+        rows.append(row)
+    return report.format_table(head, rows)
 
 
 # Pictures
@@ -135,12 +141,11 @@ def draw_positions(figure: Any, points: Sequence[Record]) -> None:
     The difference is free of the text's own ups and downs.
     """
     losses = {}
+    curves = {}
     for name, group in report.group_by_strategy(points).items():
         losses[name] = np.array([point["loss"] for point in group])
         middle = [(point["tokens_from"] + point["tokens_to"]) / 2 for point in group]
-    curves = {}
-    for name, values in losses.items():
-        curves[name] = (middle, values)
+        curves[name] = (middle, losses[name])
     if len(losses) == 1:
         upper = lower = figure.subplots()
     else:

@@ -320,29 +320,24 @@ def measure_bandwidth(size: int, device: torch.device) -> float:
     return matrix.nbytes / min(seconds)
 
 
-class TimedRounds:
-    """What makes a cache keep the seconds of each of its rounds, by their place in the text."""
+class TimedCache(FreqKVCache):
+    """A FreqKV cache that keeps the seconds of each of its rounds, by their place in the text."""
 
     def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
+        super().reset()
         self.seconds: dict[int, float] = {}  # of all layers, after so many tokens
 
     def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Any) -> tuple[int, int]:
         start = read_clock(keys.device)
-        room = super()._make_room(keys, values, seen, rope)  # type: ignore[misc]
-        config = self.config  # type: ignore[attr-defined]
-        if config.rounds(seen + 1) > config.rounds(seen):
+        room = super()._make_room(keys, values, seen, rope)
+        if self.config.rounds(seen + 1) > self.config.rounds(seen):
             took = read_clock(keys.device) - start
             self.seconds[seen] = self.seconds.get(seen, 0.0) + took
         return room
 
 
-class TimedFreqKVCache(TimedRounds, FreqKVCache):
-    """A FreqKV cache of which the rounds are timed."""
-
-
-class TimedLevelsCache(TimedRounds, LevelsCache):
-    """A cache on levels of which the rounds are timed."""
+class TimedLevelsCache(TimedCache, LevelsCache):
+    """The same on levels."""
 
 
 @torch.inference_mode()
@@ -384,11 +379,11 @@ def time_reading(model: Llama, schedule: cli.Schedule, tokens: int) -> tuple[flo
     """Seconds of reading a text of so many tokens, and of each round of compression in it."""
     device = model.norm.weight.device
     text = torch.randint(model.config.vocab_size, (1, tokens))
-    cache: TimedFreqKVCache | TimedLevelsCache
+    cache: TimedCache
     if isinstance(schedule, LevelsConfig):
         cache = TimedLevelsCache(schedule)
     else:
-        cache = TimedFreqKVCache(schedule)
+        cache = TimedCache(schedule)
     start = read_clock(device)
     for _ in read_parts(model, text, cache, CHUNK):
         pass
