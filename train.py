@@ -67,6 +67,8 @@ CONFLICTS = [
     ("init", "adapter"),
     ("sft", "data"),
 ]
+VARIED_PARTS = [1, 2, 4]  # of the window, for --vary: all, a half, a fourth
+VARIED_SHARES = [0, 1 / 8, 1 / 4, 1 / 2]  # of that, left to recent tokens
 LEARNING_RATES = ("constant", "cosine")
 # The defaults of a recipe, where they are others.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -363,9 +365,27 @@ def choose_attention(name: str, schedule: cli.Schedule) -> Attend:
 def vary_schedule(schedule: cli.Schedule, seed: int, step: int) -> cli.Schedule:
     """Another window and share of recent tokens for a step: it learns rounds, not one schedule."""
     rng = np.random.default_rng((seed, step, 1))
-    part = int(rng.choice([1, 2, 4]))
+    part = int(rng.choice(VARIED_PARTS))
+    return scale_schedule(schedule, part, recent_share=float(rng.choice(VARIED_SHARES)))
+
+
+def check_varied(schedule: cli.Schedule) -> None:
+    """ValueError unless every schedule that `vary_schedule` may draw is possible."""
+    for part in VARIED_PARTS:
+        for share in VARIED_SHARES:
+            try:
+                scale_schedule(schedule, part, share)
+            except ValueError as error:
+                raise ValueError(
+                    f"--vary: was with --window {schedule.window}, must be with a longer one: "
+                    f"1/{part} of it is too short ({error})"
+                ) from None
+
+
+def scale_schedule(schedule: cli.Schedule, part: int, recent_share: float) -> cli.Schedule:
+    """The schedule of 1/part of the window, with such a share of that left to recent tokens."""
     window = schedule.window // part
-    recent = int(window * rng.choice([0, 1 / 8, 1 / 4, 1 / 2]))
+    recent = int(window * recent_share)
     if isinstance(schedule, LevelsConfig):
         block = max(schedule.block // part, 1)
         return replace(schedule, window=window, recent=recent, block=block)
@@ -847,6 +867,8 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
 
     slots = {name: getattr(settings, name) for name in cli.SETTINGS}
     schedule = cli.make_schedule(slots, model.config)
+    if settings.vary:
+        check_varied(schedule)
     seq_len = settings.seq_len
     if seq_len is None:
         seq_len = schedule.window if settings.attention == "full" else 2 * schedule.window

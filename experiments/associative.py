@@ -314,12 +314,18 @@ def summarize(name: str, facts: int, length: int, values: list[Record]) -> list[
     """The mean accuracy at each age over models, with its 95 % interval."""
     records = []
     by_seed = [value["tests"][str(length)] for value in values]
-    for number, bin_ in enumerate(by_seed[0]):
-        shares = [tests[number]["accuracy"] for tests in by_seed]
+    ages: dict[int, int] = {}  # from, to: of the bins that any model was asked in
+    for tests in by_seed:
+        for bin_ in tests:
+            ages[bin_["age_from"]] = bin_["age_to"]
+    for age_from in sorted(ages):
+        shares = []
+        for tests in by_seed:
+            shares += [bin_["accuracy"] for bin_ in tests if bin_["age_from"] == age_from]
         mean, half = report.mean_interval(shares, [1] * len(shares))
         ends = None if half is None else [mean - half, mean + half]
         record = {"strategy": name, "facts": facts, "length": length}
-        record |= {"age_from": bin_["age_from"], "age_to": bin_["age_to"]}
+        record |= {"age_from": age_from, "age_to": ages[age_from]}
         records.append(record | {"accuracy": mean, "ci95": ends, "models": len(shares)})
     return records
 

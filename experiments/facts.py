@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = make_row(rng, book, tokenizer, args.length, args.facts, args.learnt)
         lines.append(json.dumps({"parts": parts}) + "\n")
     write_beside(args.out, lambda to: to.write_text("".join(lines)))
-    print(f"{args.rows} texts of {args.length} tokens written to {args.out}")
+    print(f"{args.rows} texts of {args.length} tokens or more written to {args.out}")
 
 
 if __name__ == "__main__":

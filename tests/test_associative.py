@@ -93,6 +93,17 @@ def test_lengths_grow_and_the_rate_falls():
     assert rates[-1] == pytest.approx(3e-4, rel=0.02)
 
 
+def test_an_age_that_one_model_was_not_asked_at():
+    """Two models of which the second has no question of the age in the middle."""
+    bins = [{"age_from": age, "age_to": age + 16, "accuracy": age / 32} for age in (0, 16, 32)]
+    values = [{"tests": {"64": bins}}, {"tests": {"64": [bins[0], bins[2]]}}]
+    for order in (values, values[::-1]):
+        records = associative.summarize("full", 4, 64, order)
+        assert [record["accuracy"] for record in records] == [0, 0.5, 1]
+        assert [record["models"] for record in records] == [2, 1, 2]
+        assert [record["age_to"] for record in records] == [16, 32, 48]
+
+
 def test_a_run_writes_its_table_and_goes_on(tmp_path, capsys, monkeypatch):
     flags = ["--steps", "2", "--strategies", "newest,levels-lowband", "--lengths", "64,128"]
     flags += ["--train-length", "256", "--facts", "2", "--plot", "--out", str(tmp_path)]

@@ -522,9 +522,11 @@ def test_bf16_generation_past_the_window(checkpoint):
 
 
 def test_a_fingerprint_tells_models_apart():
-    """The same weights with another rotation are another model."""
+    """The same weights with another rotation, or of another dtype, are another model."""
     model = tiny_model()
     assert generate.fingerprint(model) == generate.fingerprint(tiny_model())
     assert generate.fingerprint(model) != generate.fingerprint(tiny_model(seed=1))
     turned = tiny_model(tiny_config(rope_theta=500.0))
     assert generate.fingerprint(model) != generate.fingerprint(turned)
+    half = generate.fingerprint(model.bfloat16())
+    assert half != generate.fingerprint(model.float())  # of equal weights

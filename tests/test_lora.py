@@ -687,4 +687,4 @@ def test_the_built_in_adapter():
     tuned = cli.tuned_settings("smollm2", "smollm2-freqkv")
     assert tuned["attention"] == "distinct"
     config = cli.make_schedule({}, model.config, tuned)
-    assert config == FreqKVConfig(window=1024, sinks=4, ratio=0.5, recent=0)
+    assert config == FreqKVConfig(window=2048, sinks=4, ratio=0.5, recent=0)

@@ -228,6 +228,19 @@ def test_a_varied_schedule_is_another_for_another_step(schedule):
     assert {varied.sinks for varied in seen} == {2}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--window", "16"],  # sinks 4 and two recent do not fit into 4
+        ["--window", "64", "--sinks", "20"],
+        ["--window", "64", "--schedule", "levels", "--block", "8"],
+    ],
+)
+def test_a_window_too_short_to_vary_is_refused_at_the_start(fail, flags):
+    said = fail("--vary", *flags)
+    assert f"--vary: was with --window {flags[1]}, must be with a longer one: 1/" in said
+
+
 def test_the_old_meaning_of_schedule_is_named(fail):
     assert "--schedule: was cosine, must be --lr-schedule cosine" in fail("--schedule", "cosine")
 
