@@ -15,7 +15,15 @@ from torch import Tensor
 
 import cli
 from experiments.operators import average
-from experiments.report import Curve, add_legend, draw_curves, draw_picture, format_table
+from experiments.report import (
+    Curve,
+    add_legend,
+    check_picture,
+    check_plots,
+    draw_curves,
+    draw_picture,
+    format_table,
+)
 from freqkv import FreqKVConfig, Operator, compress, distinct, lowband
 
 SCHEDULE = FreqKVConfig(window=2048, sinks=4, ratio=0.5)
@@ -89,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="experiments.fading", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the picture [docs/fading.png]")
     args = parser.parse_args(argv)
+    check_plots()
+    check_picture(args.out)
     curves = {"theory: 1/2 a round": predict_margins()}
     for name, operator in OPERATORS.items():
         curves[name] = measure_margins(operator)

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import data
 import train
-from experiments import compare, harness, operators, report, slots
+from experiments import compare, fading, harness, operators, report, slots
 from experiments.harness import Document, Strategy, Window
 from freqkv import FreqKVAttention, FreqKVConfig
 from model import FullCache, causal_attention
@@ -546,6 +546,19 @@ def test_what_the_slots_hold(tmp_path, outcome):
     pytest.importorskip("matplotlib")
     assert outcome(slots, "--out", tmp_path / "x.png").code == 0
     assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("script", [fading, slots])
+def test_a_picture_is_not_drawn_over_another_file(outcome, tmp_path, script):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for path in (notes, tmp_path, tmp_path / "no/x.png"):
+        ran = outcome(script, "--out", path)
+        assert ran.code == 2
+        assert ran.err.startswith("experiments")
+        assert "--out: " in ran.err
+        assert ran.out == ""  # before any work
+    assert notes.read_text() == "mine"
 
 
 def test_runs_are_compared(tmp_path, figure, outcome):
