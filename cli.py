@@ -23,7 +23,7 @@ from levels import LevelsCache, LevelsConfig
 from lora import BUILT_IN, find_adapter
 from model import FullCache, Llama, LlamaConfig
 from weights import Tokenizer, find, load_model, load_tokenizer
-from weights.files import read_json
+from weights.files import check_writable, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPERATORS: dict[str, Operator] = {"freqkv": lowband, "distinct": distinct, "window": newest}
@@ -152,6 +152,21 @@ def real(least: float, most: float = math.inf, above: bool = False) -> Callable[
 def several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """The type of a flag that takes values of such a type, with commas between them."""
     return lambda text: [parse(part) for part in text.split(",")]
+
+
+# Files to write
+
+
+def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], kind: str) -> None:
+    """OSError or ValueError unless a file can be written to `path`, at no other file's cost.
+
+    is_own: whether a file that is there is one of such a `kind`, which may be written anew.
+    """
+    if not path.parent.is_dir() or path.is_dir() or not path.name:
+        raise ValueError(f"{flag}: was {str(path)!r}, must be a file in an existing folder")
+    if path.exists() and not is_own(path):
+        raise ValueError(f"{flag}: {path} was there, must be new, or {kind}")
+    check_writable(path)
 
 
 # Numbers for people

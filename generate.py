@@ -32,7 +32,7 @@ from freqkv import FreqKVCache
 from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
-from weights.files import check_writable, decode_text, read_text, write_beside
+from weights.files import decode_text, read_text, write_beside
 
 Step = Callable[[Tensor], Tensor]
 
@@ -201,15 +201,6 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
         return kind.from_state(state, cli.OPERATORS[saved])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def check_target(path: Path) -> None:
-    """OSError or ValueError unless a cache can be saved to `path`, at no other file's cost."""
-    if not path.parent.is_dir() or path.is_dir() or not path.name:
-        raise ValueError(f"--save-cache: was {str(path)!r}, must be a file in an existing folder")
-    if path.exists() and not is_saved_cache(path):
-        raise ValueError(f"--save-cache: {path} was there, must be new, or a saved cache")
-    check_writable(path)
 
 
 def is_saved_cache(path: Path) -> bool:
@@ -442,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     device = cli.choose_device(args.device)
     dtype = cli.choose_dtype(args.dtype, device)
     if args.save_cache is not None:
-        check_target(args.save_cache)
+        cli.check_target("--save-cache", args.save_cache, is_saved_cache, "a saved cache")
     if args.cache == "full" and (args.save_cache or args.load_cache):
         raise ValueError("--cache: was full, must be another to save or load a cache")
     if args.compile and args.num_samples > 1:  # each would be compiled

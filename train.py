@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -366,20 +367,20 @@ def vary_schedule(schedule: cli.Schedule, seed: int, step: int) -> cli.Schedule:
     """Another window and share of recent tokens for a step: it learns rounds, not one schedule."""
     rng = np.random.default_rng((seed, step, 1))
     part = int(rng.choice(VARIED_PARTS))
-    return scale_schedule(schedule, part, recent_share=float(rng.choice(VARIED_SHARES)))
+    share = float(rng.choice(VARIED_SHARES))
+    return scale_schedule(schedule, part, share)
 
 
 def check_varied(schedule: cli.Schedule) -> None:
     """ValueError unless every schedule that `vary_schedule` may draw is possible."""
-    for part in VARIED_PARTS:
-        for share in VARIED_SHARES:
-            try:
-                scale_schedule(schedule, part, share)
-            except ValueError as error:
-                raise ValueError(
-                    f"--vary: was with --window {schedule.window}, must be with a longer one: "
-                    f"1/{part} of it is too short ({error})"
-                ) from None
+    for part, share in product(VARIED_PARTS, VARIED_SHARES):
+        try:
+            scale_schedule(schedule, part, share)
+        except ValueError as error:
+            raise ValueError(
+                f"--vary: was with --window {schedule.window}, must be with a longer one: "
+                f"1/{part} of it is too short ({error})"
+            ) from None
 
 
 def scale_schedule(schedule: cli.Schedule, part: int, recent_share: float) -> cli.Schedule:

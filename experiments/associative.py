@@ -312,20 +312,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def summarize(name: str, facts: int, length: int, values: list[Record]) -> list[Record]:
     """The mean accuracy at each age over models, with its 95 % interval."""
+    by_age: dict[tuple[int, int], list[float]] = {}  # from, to -> of the models that were asked
+    for value in values:
+        for test in value["tests"][str(length)]:
+            age = (test["age_from"], test["age_to"])
+            by_age.setdefault(age, []).append(test["accuracy"])
     records = []
-    by_seed = [value["tests"][str(length)] for value in values]
-    ages: dict[int, int] = {}  # from, to: of the bins that any model was asked in
-    for tests in by_seed:
-        for bin_ in tests:
-            ages[bin_["age_from"]] = bin_["age_to"]
-    for age_from in sorted(ages):
-        shares = []
-        for tests in by_seed:
-            shares += [bin_["accuracy"] for bin_ in tests if bin_["age_from"] == age_from]
+    for (age_from, age_to), shares in sorted(by_age.items()):
         mean, half = report.mean_interval(shares, [1] * len(shares))
         ends = None if half is None else [mean - half, mean + half]
         record = {"strategy": name, "facts": facts, "length": length}
-        record |= {"age_from": age_from, "age_to": ages[age_from]}
+        record |= {"age_from": age_from, "age_to": age_to}
         records.append(record | {"accuracy": mean, "ci95": ends, "models": len(shares)})
     return records
 

@@ -18,11 +18,11 @@ from experiments.operators import average
 from experiments.report import (
     Curve,
     add_legend,
-    check_picture,
     check_plots,
     draw_curves,
     draw_picture,
     format_table,
+    is_picture,
 )
 from freqkv import FreqKVConfig, Operator, compress, distinct, lowband
 
@@ -98,17 +98,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the picture [docs/fading.png]")
     args = parser.parse_args(argv)
     check_plots()
-    check_picture(args.out)
+    cli.check_target("--out", args.out, is_picture, "a picture in PNG")
     curves = {"theory: 1/2 a round": predict_margins()}
     for name, operator in OPERATORS.items():
         curves[name] = measure_margins(operator)
     rows = []
     for name, (margins, shares) in curves.items():
-        cells = []
+        row = [name]
         for margin, share in zip(margins, shares, strict=True):
-            cells.append(f"{margin:.2f} {share:4.0%}")
-        rows.append([name, *cells])
-    print(format_table(["rounds", *(str(i) for i in range(ROUNDS + 1))], rows))
+            row.append(f"{margin:.2f} {share:4.0%}")
+        rows.append(row)
+    head = ["rounds"]
+    for count in range(ROUNDS + 1):
+        head.append(str(count))
+    print(format_table(head, rows))
     draw_picture(args.out, draw_fading, curves)
 
 

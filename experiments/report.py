@@ -198,12 +198,10 @@ def check_plots() -> None:
         raise ImportError("--plot: matplotlib was not found: pip install matplotlib") from None
 
 
-def check_picture(path: Path) -> None:
-    """ValueError unless --out, a picture, can be written to `path`, at no other file's cost."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise ValueError(f"--out: was {str(path)!r}, must be a file in an existing folder")
-    if path.exists() and not path.read_bytes().startswith(b"\x89PNG"):
-        raise ValueError(f"--out: {path} was there already, must be new, or a picture in PNG")
+def is_picture(path: Path) -> bool:
+    """Whether the file is one of `draw_picture`."""
+    with path.open("rb") as file:
+        return file.read(4) == b"\x89PNG"
 
 
 def draw_picture(path: Path, draw: Callable[..., None], *about: Any) -> None:
