@@ -231,7 +231,8 @@ def read_texts(
 ) -> Data:
     """Rows of text files, which are tokenized once, into `folder`.
 
-    about: what the tokens depend on beside the texts and the tokenizer's files.
+    about: what the tokens depend on beside the texts and the tokenizer's files. ValueError where
+    the folder holds the tokens of something else.
     """
     documents = by_content(files)
     digest = hashlib.sha256(about.encode())
@@ -241,14 +242,15 @@ def read_texts(
         digest.update(file.read_bytes())
     sha256 = digest.hexdigest()
     record = folder / "tokens.json"
-    if not record.exists() or read_json(record).get("sha256") != sha256:
+    if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)  # first: it must not describe other tokens
         texts = list(documents.values())
         sizes = write_tokens(texts, val_share, tokenizer, folder / "tokens.bin")
         write_json(record, {"sha256": sha256} | sizes)
+    sizes = read_json(record)
+    if sizes.get("sha256") != sha256:
+        raise ValueError(f"--data: was changed since {record} was written, must be the same")
     with damaged(folder, "as it was written, or removed"):
-        sizes = read_json(record)
         tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
         cut = sizes["train_tokens"]
         if len(tokens) != cut + sizes["held_out_tokens"]:
@@ -389,16 +391,36 @@ def encode_record(record: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bo
 
 
 def encode_parts(parts: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    """The parts of one text, each a pair of text and whether it is learnt, as segments of ids."""
+    """The parts of one text, each a pair of text and whether it is learnt, as segments of ids.
+
+    The text is encoded as the whole that it is read as. A token that reaches from one part into the
+    next belongs to the latter. ValueError where the tokenizer does not give the text back.
+    """
     if not isinstance(parts, list) or not parts:
         raise ValueError(f"parts: was {str(parts)[:40]!r}, must be a list of pairs")
-    segments = []
-    for number, part in enumerate(parts):
+    whole = ""
+    for part in parts:
         if not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], bool):
             raise ValueError(f"part: was {str(part)[:40]!r}, must be a text, and true or false")
-        text, is_learnt = part
-        check_text("part", text)
-        segments.append((tokenizer.encode(text, bos=number == 0), is_learnt))
+        check_text("part", part[0])
+        whole += part[0]
+    ids = tokenizer.encode(whole)
+    pieces = [tokenizer.token_bytes(token) for token in ids]
+    content = whole.encode()
+    # Some families put a space of their own before a text.
+    own_space = sum(len(piece) for piece in pieces) - len(content)
+    if b"".join(pieces) != b" " * own_space + content:
+        raise ValueError("parts: were changed by the tokenizer, must be text that it keeps as it is")
+
+    ends = np.cumsum([len(piece) for piece in pieces])  # of each token, in bytes of the text
+    segments = []
+    first = 0  # tokens that are in a segment
+    stop = own_space  # bytes of the parts so far
+    for text, is_learnt in parts:
+        stop += len(text.encode())
+        last = int(np.searchsorted(ends, stop, side="right"))  # tokens that end by there
+        segments.append((ids[first:last], is_learnt))
+        first = last
     return segments
 
 

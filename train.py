@@ -406,7 +406,7 @@ def choose_tokenizer(settings: Settings) -> Tokenizer | None:
     if not size.isdecimal():
         raise ValueError(f"--tokenizer: was {name}, must be train:SIZE, a number of tokens")
     path = Path(settings.out) / "tokenizer/tokenizer.model"
-    if not path.exists():
+    if not path.exists():  # it is there if the run goes on
         content = train_tokenizer(data_files(settings.data), int(size))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_beside(path, lambda to: to.write_bytes(content))
@@ -853,19 +853,18 @@ def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None)
 
 
 def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None]:
-    """A run at its start, or where it stopped; ValueError or OSError before it writes any."""
+    """A run at its start, or where it stopped; ValueError or OSError if it cannot be."""
     out = Path(settings.out)
     begun = (out / "config.json").exists()
-    strange = {path.name for path in out.glob("[!.]*")} - {"data", "tokenizer"}
-    if strange and not (begun and resume):
+    mark = out / ".starting"  # says that what is there is of a start that failed, or was killed
+    if mark.exists() and not begun:
+        for name in ("data", "tokenizer"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    if any(out.glob("[!.]*")) and not (begun and resume):
         raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
     device = cli.choose_device(settings.device)
     dtype = cli.choose_dtype(settings.dtype, device)
     model = make_model(settings, device, dtype)
-    tokenizer = choose_tokenizer(settings)
-    if tokenizer is not None:
-        tokenizer.check_fits(model.config.vocab_size)
-
     slots = {name: getattr(settings, name) for name in cli.SETTINGS}
     schedule = cli.make_schedule(slots, model.config)
     if settings.vary:
@@ -878,6 +877,12 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
         raise ValueError(
             f"--seq-len: was {seq_len}, must be at most the model's {most} with --distill"
         )
+
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    tokenizer = choose_tokenizer(settings)
+    if tokenizer is not None:
+        tokenizer.check_fits(model.config.vocab_size)
     data = read_data(settings, tokenizer, model.config.vocab_size, seq_len)
     if settings.data_sha256 not in (None, data.sha256):
         raise ValueError("--data: was changed since the run began, must be the same to resume")
@@ -890,9 +895,9 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
         seq_len=seq_len,
         data_sha256=data.sha256,
     )
-    out.mkdir(parents=True, exist_ok=True)
     # First: with it, whatever follows can be resumed.
     write_json(out / "config.json", asdict(settings))
+    mark.unlink()
     trainer = Trainer(settings, model, schedule, data)
     if begun:
         trainer.resume()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import encode_parts
 from tests.helpers import ROOT, smollm2_path, tiny_model, train_sentencepiece
 from tests.oracles import llama3_ranks, llama_cpp_models, make_texts, read_vectors
 from weights import Tokenizer, chat_tokens, load_tokenizer, pieces, save_model
@@ -162,6 +163,20 @@ def test_tokens_across_words_forbid_blocks(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     text = "    def size(self, text: str) -> None:\n" * 20
     assert list(tokenizer.encode_blocks(text, 10)) == [tokenizer.encode_text(text)]
+
+
+def test_parts_of_a_text_are_encoded_as_the_whole(tokenizer):
+    """Some families put a space before every text: here it comes once, and not for each part."""
+    parts = [["She said", False], [" yes", True], ["", True], ["terday.\n", False], ["\nÉ 𝄞", True]]
+    segments = encode_parts(parts, tokenizer)
+    ids = [token for segment, _ in segments for token in segment]
+    assert ids == tokenizer.encode("".join(text for text, _ in parts))
+    assert [is_learnt for _, is_learnt in segments] == [is_learnt for _, is_learnt in parts]
+    # What reaches over the end of a part ("yesterday" may be one token) is of the part behind.
+    texts = [b"".join(map(tokenizer.token_bytes, segment)) for segment, _ in segments]
+    assert texts[0].strip() == b"She said"
+    assert b" yes".startswith(texts[1])
+    assert texts[-1].endswith("É 𝄞".encode())
 
 
 def test_text_that_spells_a_control_token_stays_text(tokenizer):

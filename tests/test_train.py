@@ -193,7 +193,8 @@ def test_window_and_length_are_chosen_from_the_model(checkpoint, text_file, tmp_
 def test_text_is_tokenized_again_for_another_share(checkpoint, text_file, tmp_path):
     lengths = []
     for share in (0.1, 0.3):
-        settings = settings_of(*flags(checkpoint, text_file, tmp_path, "--val-share", share))
+        out = tmp_path / str(share)
+        settings = settings_of(*flags(checkpoint, text_file, out, "--val-share", share))
         rows = train.read_data(settings, load_tokenizer(checkpoint), 400, 40)
         lengths.append(len(rows.held_out))
     assert lengths[1] > 2 * lengths[0] > 0
@@ -819,7 +820,7 @@ def finished(checkpoint, text_file, tmp_path_factory):
         ("log.jsonl", b"junk\n", "log.jsonl: was damaged"),
         ("log.jsonl", b"{}\n", "log.jsonl: was damaged"),
         ("data/tokens.bin", b"12345678", "data: was damaged"),
-        ("data/tokens.json", b"{}", None),  # is made anew
+        ("data/tokens.json", b"{}", "was changed since"),
         ("checkpoints/step-000003/weights.safetensors", b"junk", "step-000003: was damaged"),
         ("checkpoints/step-000003/state.pt", b"", "step-000003: was damaged"),
         ("checkpoints/step-000003/record.json", b"{}", "step-000003: was damaged"),
@@ -863,7 +864,7 @@ def test_resuming_with_other_data_is_refused(checkpoint, tmp_path, succeed, fail
     succeed(*flags(checkpoint, file, tmp_path / "run"))
     file.write_text("other words of a text\n" * 50)
     error = fail("--out", tmp_path / "run", "--resume", "--steps", 5)
-    assert "--data: was changed since the run began" in error
+    assert "--data: was changed since " in error
 
 
 def test_resuming_with_another_model_is_refused(tokens_file, checkpoint, tmp_path, succeed, fail):
@@ -1052,6 +1053,37 @@ def test_a_run_is_not_overwritten(checkpoint, text_file, tmp_path, finished, fai
     before = files_in(finished)
     assert "was there already" in fail(*flags(checkpoint, text_file, finished))
     assert files_in(finished) == before
+
+
+@pytest.mark.parametrize("name", ["data/tokens.bin", "tokenizer/tokenizer.model"])
+def test_what_is_called_like_a_file_of_a_run_is_not_overwritten(
+    checkpoint, text_file, tmp_path, fail, name
+):
+    mine = tmp_path / name
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    for more in ([], ["--resume"]):
+        assert "was there already" in fail(*flags(checkpoint, text_file, tmp_path, *more))
+    assert mine.read_bytes() == b"mine"
+
+
+def test_what_a_failed_start_has_made_is_made_anew(tmp_path, succeed, fail):
+    """Another size of the tokenizer, and other data, than in the start that failed."""
+    content = json.loads((ROOT / "tests/data/meta/hf/config.json").read_text())
+    content["vocab_size"] = 400
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    init = "--init", tmp_path / "config.json", "--tokenizer"
+    out = tmp_path / "run"
+    assert "tokenizer: was of 500" in fail(*flags(None, ROOT / "dct.py", out, *init, "train:500"))
+    assert (out / "tokenizer/tokenizer.model").exists()
+    too_long = "--seq-len", 10**6
+    error = fail(*flags(None, ROOT / "dct.py", out, *init, "train:400", *too_long))
+    assert "must be over --seq-len, 1000000" in error
+    succeed(*flags(None, ROOT / "freqkv.py", out, *init, "train:400", "--resume"))
+    assert not (out / ".starting").exists()
+    tokenizer = load_tokenizer(out / "model")
+    text = (ROOT / "freqkv.py").read_text()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("name", ["save_file", "torch.save", "sync"])
