@@ -123,7 +123,7 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            limit = "" if most == 2**63 - 1 else f", at most {most}"
+            limit = "" if most == 2**63 - 1 and value < least else f", at most {most}"
             raise ArgumentTypeError(f"was {text!r}, must be a whole number, {least} or more{limit}")
         return value
 
@@ -147,6 +147,13 @@ def real(least: float, most: float = math.inf, above: bool = False) -> Callable[
         return value
 
     return parse
+
+
+def name_or_path(text: str) -> str:
+    """The type of a flag that takes a name or a path, which nothing is neither."""
+    if not text:
+        raise ArgumentTypeError("was '', must be a name or a path")
+    return text
 
 
 def several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -235,8 +242,10 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 def add_model_flags(parser: argparse._ActionsContainer) -> None:
     """The flags that choose a model, and where and in what to compute."""
     add = parser.add_argument
-    add("--model", default="tiny", help="a name (tiny, smollm2) or a path [%(default)s]")
-    add("--adapter", help=f"{BUILT_IN} (for smollm2), or a folder with a LoRA in PEFT's layout")
+    text = "a name (tiny, smollm2) or a path [%(default)s]"
+    add("--model", type=name_or_path, default="tiny", help=text)
+    text = f"{BUILT_IN} (for smollm2), or a folder with a LoRA in PEFT's layout"
+    add("--adapter", type=name_or_path, help=text)
     add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
     add("--dtype", choices=list(DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
 
@@ -278,8 +287,7 @@ def choose_cache_name(args: Namespace) -> str:
     """The name of the cache: as the flag says, or as the model was tuned, or the paper's."""
     if args.cache is not None:
         return args.cache
-    tuned = tuned_settings(args.model, args.adapter).get("attention")
-    return tuned if tuned in OPERATORS else "freqkv"
+    return tuned_settings(args.model, args.adapter).get("attention") or "freqkv"
 
 
 def given_settings(args: Namespace) -> dict[str, Any]:
@@ -300,8 +308,28 @@ def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
     for folder in folders:
         path = folder / "freqkv.json"
         if path.exists():
-            return read_json(path)
+            settings = read_json(path)
+            try:
+                check_tuned(settings)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            return settings
     return {}
+
+
+def check_tuned(settings: dict[str, Any]) -> None:
+    """ValueError unless the settings in a freqkv.json are of the types that they must be."""
+    for name, choices in (("attention", CACHES), ("schedule", list(SCHEDULES))):
+        value = settings.get(name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name} was {value!r}, must be of {', '.join(choices)}")
+    for name in ("window", "sinks", "recent", "block"):
+        value = settings.get(name)
+        if value is not None and type(value) is not int:
+            raise ValueError(f"{name} was {value!r}, must be a whole number")
+    ratio = settings.get("ratio")
+    if ratio is not None and type(ratio) not in (int, float):
+        raise ValueError(f"ratio was {ratio!r}, must be a number")
 
 
 def make_schedule(
@@ -316,7 +344,7 @@ def make_schedule(
     tuned_kind = settings.get("schedule", "paper")
     kind = given.get("schedule") or tuned_kind
     if kind != tuned_kind:
-        settings.pop("recent", None)  # which means another thing there
+        settings.pop("recent", None)  # whose default is another there
     for name, value in given.items():
         if value is not None:
             settings[name] = value

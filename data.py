@@ -410,7 +410,7 @@ def encode_parts(parts: Any, tokenizer: Tokenizer) -> list[tuple[list[int], bool
     # Some families put a space of their own before a text.
     own_space = sum(len(piece) for piece in pieces) - len(content)
     if b"".join(pieces) != b" " * own_space + content:
-        raise ValueError("parts: were changed by the tokenizer, must be text that it keeps as it is")
+        raise ValueError("parts: were changed by the tokenizer, must be text that it keeps")
 
     ends = np.cumsum([len(piece) for piece in pieces])  # of each token, in bytes of the text
     segments = []

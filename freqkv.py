@@ -20,8 +20,8 @@ a round of compression frees `stride` of them:
     | S sinks | L kept slots | R recent |    stride     |     after a round: `stride` slots free
 
 Positions are slots and not places in the text, so none exceeds N - 1, however long the text. Later
-rounds compress again what earlier ones left: after r rounds a passage of n tokens has about
-n * ratio^r slots. That bounds the memory, and what can be remembered.
+rounds compress again what earlier ones left: after r rounds a passage of p tokens has about
+p * ratio^r slots. That bounds the memory, and what can be remembered.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +34,11 @@ from torch import Tensor
 
 from dct import lowpass
 
-# keys, values [B, K, n, D] of the span, keep -> keys, values [B, K, keep, D]
+# keys, values [B, K, n, D] of the span, of one dtype, and keep -> keys, values [B, K, keep, D]
 Operator = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 Rope = Callable[..., Tensor]  # rope(x, start, inverse=False)
 
-TIE = 1e-5  # cosines closer than this differ by the rounding of float32 alone
+TIE = 1e-5  # cosines closer than this may differ by rounding alone: 3e-6 after 190 rounds
 HALF_WAY = (
     "cache: was left half way by a call that failed, so its layers have not read the same text; "
     "reset() it, and read the text again"
@@ -311,9 +311,9 @@ class FreqKVCache:
     def _compress(self, keys: Tensor, values: Tensor, rope: Rope) -> None:
         """One round, in place: keys and values [B, K, N, D] move to their new slots."""
         config = self.config
-        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))  # to round once, at the end
-        unrotated = rope(wide, 0, inverse=True)
-        new_keys, new_values = compress(unrotated, values, config, self.operator)
+        wide = torch.promote_types(keys.dtype, torch.float32)  # to round once, at the end
+        unrotated = rope(keys.to(wide), 0, inverse=True)
+        new_keys, new_values = compress(unrotated, values.to(wide), config, self.operator)
         new_keys = rope(new_keys, 0)  # positions change here: from old slots to new ones
         first = config.sinks  # sinks stay: written again, they would be rounded in every round
         end = config.window - config.stride
@@ -384,10 +384,13 @@ class FreqKVCache:
     def crop(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; a number below 0 forgets so many of the newest.
 
-        For speculative decoding. ValueError for tokens from before the last round.
+        For speculative decoding. ValueError for tokens from before the last round, and for 0, which
+        might be meant either way: reset() forgets all.
         """
         self._check_whole()
         seen = self.tokens_seen
+        if tokens == 0:
+            raise ValueError("tokens: was 0, must be above 0 (to keep) or below 0 (to forget)")
         left = tokens if tokens >= 0 else seen + tokens
         if not 0 <= left <= seen:
             raise ValueError(f"tokens: was {tokens}, must be within the {seen} that were read")

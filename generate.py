@@ -112,7 +112,12 @@ def read_parts(model: Llama, tokens: Tensor, cache: Cache, chunk: int) -> Iterat
 
 @torch.no_grad()
 def read(model: Llama, tokens: Tensor, cache: Cache, chunk: int, progress: bool = False) -> Tensor:
-    """Read tokens [B, T] into the cache, `chunk` at a time; logits [B, V] after the last one."""
+    """Read tokens [B, T] into the cache, `chunk` at a time; logits [B, V] after the last one.
+
+    ValueError where there is no token.
+    """
+    if tokens.shape[1] == 0:
+        raise ValueError("tokens: were none, must be one or more")
     bar = tqdm(
         total=tokens.shape[1], unit=" tokens", unit_scale=True, desc="reading", disable=not progress
     )
@@ -319,11 +324,14 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def choose_cache(args: cli.Namespace, model: Llama, tokens: Tensor) -> Cache:
-    """The cache that the flags ask for, empty or loaded; ValueError where it cannot be."""
+def choose_cache(args: cli.Namespace, name: str | None, model: Llama, tokens: Tensor) -> Cache:
+    """The cache that the flags ask for, empty or loaded; ValueError where it cannot be.
+
+    name: of those in cli.CACHES; None for a loaded one, which says it itself.
+    """
     most = model.config.max_position_embeddings
     total = tokens.shape[1] + args.max_new_tokens
-    if args.cache == "full":
+    if name == "full":
         if total > most:
             raise ValueError(
                 f"--cache full: prompt and new tokens were {total}, must be at most the model's "
@@ -331,9 +339,10 @@ def choose_cache(args: cli.Namespace, model: Llama, tokens: Tensor) -> Cache:
             )
         return FullCache(total)
     if args.load_cache is None:
+        assert name is not None
         schedule = cli.choose_schedule(args, model.config)
-        return cli.make_cache(cli.choose_cache_name(args), schedule, total)
-    cache = load_cache(args.load_cache, args.cache, model)
+        return cli.make_cache(name, schedule, total)
+    cache = load_cache(args.load_cache, name, model)
     check_settings(cli.given_settings(args), cache.config)
     if len(tokens) != cache.batch:
         raise ValueError(
@@ -434,11 +443,14 @@ def main(argv: list[str] | None = None) -> None:
     dtype = cli.choose_dtype(args.dtype, device)
     if args.save_cache is not None:
         cli.check_target("--save-cache", args.save_cache, is_saved_cache, "a saved cache")
-    if args.cache == "full" and (args.save_cache or args.load_cache):
+    name = args.cache
+    if name is None and args.load_cache is None:
+        name = cli.choose_cache_name(args)
+    if name == "full" and (args.save_cache or args.load_cache):
         raise ValueError("--cache: was full, must be another to save or load a cache")
     if args.compile and args.num_samples > 1:  # each would be compiled
         raise ValueError("--compile: was given with --num-samples, must be without")
-    if args.compile and args.cache == "full":
+    if args.compile and name == "full":
         raise ValueError("--compile: was given with --cache full, must be with another")
     tokenizer = load_tokenizer(args.model)
     texts = read_prompts(args.prompt, args.prompt_file)
@@ -447,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = encode_prompts(texts, tokenizer, args.chat, continues, free)
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
-    cache = choose_cache(args, model, tokens)
+    cache = choose_cache(args, name, model, tokens)
 
     start = time.perf_counter()
     logits = read(model, tokens, cache, args.chunk, progress=True)

@@ -9,7 +9,8 @@ store. Slots, oldest first (m: slots of a block):
 New tokens enter as they are. When a token arrives and R + 2m of them stand there, the oldest 2m
 become one block of m slots in level 1. Where level 1 holds two blocks already, these become one in
 level 2, and so on up: as in a binary counter, every full level below the first one with room passes
-one block on. In the top level two blocks become one in place, so that memory stays bounded.
+one block on. In the top level two blocks become one in place, so that memory stays bounded: what
+is older than about 2m * 2^T tokens is halved again every m * 2^T tokens, and fades as in FreqKV.
 
 So a round takes the slots of the full levels and the 2m oldest of the newest, which stand side by
 side, and makes every 2m of them m: `compact`. Keys are compressed before rotation, and positions
@@ -176,10 +177,10 @@ class LevelsCache(FreqKVCache):
         # What stands before the full levels stays in its slots. The rest moves to lower ones.
         full = config.full_levels(config.rounds(seen))
         first = used - config.recent - 2 * config.block * (full + 1)
-        wide = keys[:, :, first:used].to(torch.promote_types(keys.dtype, torch.float32))
-        old_values = values[:, :, first:used]
-        unrotated = rope(wide, first, inverse=True)
-        new_keys, new_values = compact(unrotated, old_values, config, full, self.operator)
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        old_keys = rope(keys[:, :, first:used].to(wide), first, inverse=True)
+        old_values = values[:, :, first:used].to(wide)
+        new_keys, new_values = compact(old_keys, old_values, config, full, self.operator)
         end = first + new_keys.shape[2]
         keys[:, :, first:end] = rope(new_keys, first)
         values[:, :, first:end] = new_values

@@ -170,9 +170,9 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) ->
 
 
 class FullCache:
-    """The plain KV cache: remembers all of up to `capacity` tokens. Keys are stored rotated.
+    """The plain KV cache: remembers all of up to `capacity` tokens, and gives no gradients.
 
-    After a call that failed, reset() it.
+    Keys are stored rotated. After a call that failed, reset() it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -199,6 +199,8 @@ class FullCache:
     @torch.no_grad()
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], unrotated; ValueError beyond the capacity."""
+        if k.shape != v.shape:
+            raise ValueError(f"v: was {tuple(v.shape)}, must be as k is, {tuple(k.shape)}")
         if layer not in self._keys:
             shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
             with torch.inference_mode(False):  # writable outside that mode too

@@ -163,21 +163,25 @@ def make_parser() -> cli.Parser:
     count = cli.integer(1)
     whole = cli.integer(0)
     real = cli.real(0, 1e30)
+    path = cli.name_or_path
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", help=f"what to begin from: a name or a path {show_default('model')}")
-    add("--init", help="begin from random weights instead: the config.json of a LLaMA")
+    text = f"what to begin from: a name or a path {show_default('model')}"
+    add("--model", type=path, help=text)
+    text = "begin from random weights instead: the config.json of a LLaMA"
+    add("--init", type=path, help=text)
     text = "a name or a path, or train:SIZE to make one (with --init) [the model's own]"
-    add("--tokenizer", help=text)
-    add("--adapter", help="LoRA to train on (with --lora), else to merge into the model first")
+    add("--tokenizer", type=path, help=text)
+    text = "LoRA to train on (with --lora), else to merge into the model first"
+    add("--adapter", type=path, help=text)
 
     add = parser.add_argument_group("data").add_argument
     text = "text files, folders, patterns, or .bin files of tokens [Python's own source]"
     add("--data", nargs="+", metavar="PATH", help=text)
     text = "of .bin files [uint16 if the vocabulary fits]"
     add("--bin-dtype", choices=("uint16", "uint32"), help=text)
-    text = "instruction tuning: JSON of (instruction, output) or messages; text is learnt whole"
-    add("--sft", metavar="FILE", help=text)
+    text = "instruction tuning: JSON of (instruction, output), messages, or parts; or of whole text"
+    add("--sft", type=path, metavar="FILE", help=text)
     text = "tokens of a row [twice the window; the window for --attention full]"
     add("--seq-len", type=count, help=text)
     text = f"share of the data that is held out {show_default('val_share')}"
@@ -192,7 +196,7 @@ def make_parser() -> cli.Parser:
     text = f"what else --lora trains: of embed, norm, or none {show_default('train')}"
     add("--train", help=text)
     text = "write a merged model here: after --lora, or with --adapter at once"
-    add("--merge", metavar="FOLDER", help=text)
+    add("--merge", type=path, metavar="FOLDER", help=text)
 
     add = parser.add_argument_group("FreqKV").add_argument
     text = "compressed; the most distinct tokens; sinks and newest; or everything"
@@ -226,7 +230,7 @@ def make_parser() -> cli.Parser:
     add("--seed", type=whole, help=text)
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="FOLDER", help="the run's folder [runs/MODEL-RECIPE]")
+    add("--out", type=path, metavar="FOLDER", help="the run's folder [runs/MODEL-RECIPE]")
     text = "go on from the newest checkpoint in --out, if there is one"
     add("--resume", action="store_true", help=text)
     text = f"steps between evaluations; 0: at the ends only {show_default('eval_every')}"
@@ -272,8 +276,10 @@ def show_default(name: str) -> str:
 def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
     """The settings of a run, from the flags that were given: those, and the defaults of its recipe.
 
-    resume: where the run has begun, its own settings. ValueError for one that it cannot change.
+    resume: where the run has begun, its own settings. ValueError for one that it cannot change, or
+    that would be of no effect.
     """
+    check_used(given)
     values = add_defaults(given)
     path = Path(values["out"]) / "config.json"
     merge = None
@@ -287,6 +293,19 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
     if settings.merge and settings.merge != merge and Path(settings.merge).exists():
         raise FileExistsError(f"--merge: {settings.merge} was there already, must be new")
     return settings
+
+
+def check_used(given: dict[str, Any]) -> None:
+    """ValueError for a flag that the others leave without effect."""
+    if "adapter" in given and "merge" in given and "lora" not in given:
+        for name in given.keys() - {"model", "adapter", "merge", "out"}:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: was given to merge --adapter, must be with --lora as well")
+    for name in ("rank", "alpha", "train"):
+        if name in given and "adapter" in given:
+            raise ValueError(f"--{name}: was given with --adapter, must be as the adapter has it")
+    if "vary" in given and given.get("attention") == "full":
+        raise ValueError("--vary: was given with --attention full, must be with slots to vary")
 
 
 def add_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -305,14 +324,28 @@ def add_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings in the config.json of a run."""
+    """The settings in the config.json of a run; ValueError where one is missing or mistyped."""
     content = read_json(path)
     values = {}
     for field in fields(Settings):
         if field.name not in content:
             raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
-        values[field.name] = content[field.name]
+        value = content[field.name]
+        if not has_type(value, field.type):
+            raise ValueError(f"{path}: {field.name} was {value!r}, must be of a run of train.py")
+        values[field.name] = value
     return Settings(**values)
+
+
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value out of JSON is of the type of a setting."""
+    if wanted == list[str] | None:
+        if value is None:
+            return True
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if wanted in (float, float | None):
+        wanted |= int
+    return isinstance(value, wanted)
 
 
 def check_same(given: dict[str, Any], saved: Settings) -> None:
@@ -324,7 +357,10 @@ def check_same(given: dict[str, Any], saved: Settings) -> None:
         free = name in FREE and not (name == "steps" and saved.lr_schedule == "cosine")
         if value != must and not free:
             flag = name.replace("_", "-")
-            changes.append(f"--{flag}: was {value}, must be {must}")
+            if must is None or must is False:
+                changes.append(f"--{flag}: was given, must be without")
+            else:
+                changes.append(f"--{flag}: was {value}, must be {must}")
     if changes:
         raise ValueError(f"{'; '.join(changes)}, as the run in {saved.out} began")
 
@@ -832,7 +868,10 @@ def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None)
     """Write the adapter or the model; returns the arguments that generate from it."""
     out = Path(settings.out)
     tuned = {}
-    for name in ("attention", *cli.SETTINGS, "seq_len"):
+    names = ["attention", *cli.SETTINGS, "seq_len"]
+    if settings.attention == "full":  # it has no slots
+        names = ["attention", "seq_len"]
+    for name in names:
         value = getattr(settings, name)
         if value is not None:
             tuned[name] = value
@@ -878,6 +917,9 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
             f"--seq-len: was {seq_len}, must be at most the model's {most} with --distill"
         )
 
+    if begun:
+        check_steps(settings.steps, Checkpoints(out / "checkpoints"))
+
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
     tokenizer = choose_tokenizer(settings)
@@ -904,11 +946,18 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     return trainer, tokenizer
 
 
+def check_steps(steps: int, checkpoints: Checkpoints) -> None:
+    """ValueError where a run has done more than the steps that it is to end at."""
+    done = max(checkpoints.steps(), default=0)
+    if done > steps:
+        raise ValueError(f"--steps: was {steps}, must be at least the {done} that are done")
+
+
 def describe(trainer: Trainer) -> str:
     """The settings that were given or chosen, and what is about to happen."""
     settings = trainer.settings
     idle = {"data_sha256"}  # which tells a person nothing
-    if not settings.lora:
+    if not settings.lora or settings.adapter:
         idle |= {"rank", "alpha", "train"}
     lines = []
     for name, value in asdict(settings).items():

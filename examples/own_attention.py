@@ -21,7 +21,7 @@ class Attention(nn.Module):
 
 
 def rope(x: Tensor, start: int, inverse: bool = False) -> Tensor:
-    """Rotate x [B, H, T, D] as positions start, start + 1 and so on, or undo it."""
+    """Rotate x [B, H, T, D] as positions start, start + 1, ..., or undo it; keeps the dtype."""
     half = x.shape[-1] // 2
     positions = torch.arange(start, start + x.shape[-2], device=x.device)
     speeds = 10000 ** (-torch.arange(half, device=x.device) / half)
@@ -29,7 +29,7 @@ def rope(x: Tensor, start: int, inverse: bool = False) -> Tensor:
     sin = -angles.sin() if inverse else angles.sin()
     first, second = x.chunk(2, dim=-1)
     turned = (first * angles.cos() - second * sin, second * angles.cos() + first * sin)
-    return torch.cat(turned, dim=-1)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from statistics import fmean
 from typing import Any
 
 import cli
-from experiments.report import Record, add_legend, draw_curves, draw_picture
+from experiments.report import (
+    Record,
+    add_legend,
+    check_plots,
+    draw_curves,
+    draw_picture,
+    is_picture,
+)
 
 LENGTH = 8192  # tokens: where perplexity is taken
 WINDOW = 2048  # tokens: what recall is within, or past
@@ -91,6 +98,8 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    check_plots()
+    cli.check_target("OUT.png", args.out, is_picture, "a picture in PNG")
     draw_picture(args.out, PICTURES[args.what], dict(args.runs))
 
 

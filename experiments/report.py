@@ -195,7 +195,7 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ImportError("--plot: matplotlib was not found: pip install matplotlib") from None
+        raise ImportError("pictures: matplotlib was not found: pip install matplotlib") from None
 
 
 def is_picture(path: Path) -> bool:
@@ -209,7 +209,6 @@ def draw_picture(path: Path, draw: Callable[..., None], *about: Any) -> None:
 
     It may make the figure larger.
     """
-    check_plots()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from freqkv import FreqKVAttention, FreqKVConfig, newest
+from examples import own_attention
+from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, newest
 from tests.helpers import (
     ROOT,
     attend_in_pieces,
@@ -431,6 +432,15 @@ def test_time_and_memory_of_a_token(capsys):
 def test_own_attention(capsys):
     runpy.run_module("examples.own_attention", run_name="__main__")
     assert capsys.readouterr().out == "1000 tokens in 40 slots\n"
+
+
+@pytest.mark.parametrize("form", [FreqKVAttention, FreqKVCache])
+def test_own_attention_in_bfloat16(form):
+    layer = own_attention.Attention(width=48, heads=6).bfloat16()
+    attend = form(FreqKVConfig(window=64))
+    with torch.no_grad():
+        out = layer(torch.randn(1, 200, 48).bfloat16(), 0, attend)
+    assert out.dtype == torch.bfloat16
 
 
 def test_copies_in_a_package(tmp_path, monkeypatch):

@@ -531,7 +531,9 @@ def test_a_picture_is_written(tmp_path, capsys):
 
 def test_without_matplotlib_a_picture_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="--plot: matplotlib was not found: pip install matplot"):
+    with pytest.raises(
+        ImportError, match="pictures: matplotlib was not found: pip install matplot"
+    ):
         report.check_plots()
 
 
@@ -589,6 +591,10 @@ def test_runs_are_compared(tmp_path, figure, outcome):
     assert "above one" in axes.get_ylabel()
     ran = outcome(compare, "by-position", tmp_path / "x.png", f"one={tmp_path / 'a'}")
     assert ran.code == 0
+    (tmp_path / "mine.txt").write_text("mine")
+    ran = outcome(compare, "by-position", tmp_path / "mine.txt", f"one={tmp_path / 'a'}")
+    assert (ran.code, "must be new, or a picture in PNG" in ran.err) == (2, True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
     ran = outcome(compare, "frontier", tmp_path / "x.png", "one=nowhere")
     assert (ran.code, "was 'one=nowhere', must be NAME=FOLDER" in ran.err) == (2, True)
 

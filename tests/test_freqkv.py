@@ -586,6 +586,15 @@ def test_crop_by_a_number_below_0_forgets_so_many(model):
     assert cache.tokens_seen == 7
 
 
+def test_crop_to_0_is_refused(model):
+    """It might be all, or nothing: `crop(-rejected)` must not forget a text where none was."""
+    cache = FreqKVCache(CONFIG)
+    read(model, random_tokens(2, 12), cache)
+    with pytest.raises(ValueError, match="tokens: was 0, must be above 0"):
+        cache.crop(0)
+    assert cache.tokens_seen == 12
+
+
 def test_crop_never_undoes_a_round(model):
     cache, least = FreqKVCache(CONFIG), CONFIG.window + CONFIG.stride + 1  # after two rounds
     read(model, random_tokens(2, least + 2), cache)
@@ -593,6 +602,21 @@ def test_crop_never_undoes_a_round(model):
         cache.crop(least - 1)
     cache.crop(least)
     assert cache.rounds == 2
+
+
+@pytest.mark.parametrize("form", [FreqKVCache, FreqKVAttention])
+def test_an_operator_gets_keys_and_values_of_one_dtype(form):
+    """Also where the cache widens what it compresses."""
+    dtypes = set()
+
+    def note(keys, values, keep):
+        dtypes.add((keys.dtype, values.dtype))
+        return lowband(keys, values, keep)
+
+    model = tiny_model().bfloat16()
+    read(model, random_tokens(2, 60), form(CONFIG, note))
+    assert len(dtypes) == 1
+    assert all(one == other for one, other in dtypes)
 
 
 @pytest.mark.parametrize("tokens", [21, -21])

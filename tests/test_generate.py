@@ -257,13 +257,45 @@ def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeyp
         return make_cache(name, *rest)
 
     monkeypatch.setattr(generate.cli, "make_cache", note)
-    for tuned in ("distinct", "window", "full", "other"):
+    for tuned in ("distinct", "window", "full", None):
         (tmp_path / "tuned/freqkv.json").write_text(json.dumps({"attention": tuned}))
         flags = ["--model", str(tmp_path / "tuned"), "--prompt", "a", "--max-new-tokens", "1"]
         generate.main([*flags, "--device", "cpu"])
         generate.main([*flags, "--device", "cpu", "--cache", "freqkv"])
-    assert made[::2] == ["distinct", "window", "freqkv", "freqkv"]
-    assert set(made[1::2]) == {"freqkv"}
+    # The full cache is made without this function.
+    assert made == ["distinct", "freqkv", "window", "freqkv", "freqkv", "freqkv", "freqkv"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"attention": "other"},
+            "attention was 'other', must be of freqkv, distinct, window, full",
+        ),
+        ({"attention": ["full"]}, "attention was ['full'], must be of"),
+        ({"schedule": 3}, "schedule was 3, must be of paper, levels"),
+        ({"window": "many"}, "window was 'many', must be a whole number"),
+        ({"schedule": "levels", "window": 64.0}, "window was 64.0, must be a whole number"),
+        ({"recent": True}, "recent was True, must be a whole number"),
+        ({"ratio": "half"}, "ratio was 'half', must be a number"),
+    ],
+)
+def test_tuned_settings_that_cannot_be(checkpoint, tmp_path, outcome, settings, message):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    (tmp_path / "tuned/freqkv.json").write_text(json.dumps(settings))
+    flags = ["--model", tmp_path / "tuned", "--prompt", "a", "--device", "cpu"]
+    ended = outcome(generate, *flags)
+    assert ended.code == 2
+    assert f"freqkv.json: {message}" in ended.err
+
+
+def test_a_model_tuned_with_everything_is_not_compiled_or_saved(checkpoint, tmp_path, outcome):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    (tmp_path / "tuned/freqkv.json").write_text('{"attention": "full"}')
+    flags = ["--model", tmp_path / "tuned", "--prompt", "a", "--device", "cpu"]
+    assert "--cache full" in outcome(generate, *flags, "--compile").err
+    assert "--cache: was full" in outcome(generate, *flags, "--save-cache", tmp_path / "x").err
 
 
 def test_settings_of_a_tuned_model_are_the_defaults(checkpoint, tmp_path, capsys):

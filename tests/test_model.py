@@ -188,6 +188,9 @@ def test_full_cache_refuses_what_it_cannot_hold(model):
         read(model, random_tokens(2, 3), cache)
     with pytest.raises(ValueError, match=r"\(1, "):
         read(model, random_tokens(1, 1), cache)
+    q = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="must be as k is"):
+        FullCache(10)(0, q, q, q[:, :, :1], lambda x, start=0: x)
     cache.reset()
     assert (cache.tokens_seen, cache.nbytes) == (0, 0)
     close(

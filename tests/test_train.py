@@ -817,6 +817,9 @@ def finished(checkpoint, text_file, tmp_path_factory):
     ("name", "content", "message"),
     [
         ("config.json", b"{}", "was without out, must be of a run of train.py"),
+        ("config.json", {"lr": "fast"}, "config.json: lr was 'fast', must be of a run"),
+        ("config.json", {"data": [3]}, "config.json: data was [3], must be of a run"),
+        ("config.json", {"window": None}, None),  # is chosen
         ("log.jsonl", b"junk\n", "log.jsonl: was damaged"),
         ("log.jsonl", b"{}\n", "log.jsonl: was damaged"),
         ("data/tokens.bin", b"12345678", "data: was damaged"),
@@ -831,11 +834,21 @@ def test_resuming_a_damaged_run(finished, tmp_path, succeed, fail, name, content
     out = tmp_path / "run"
     train.shutil.copytree(finished, out)
     (out / name).parent.mkdir(exist_ok=True)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((out / name).read_text()) | content).encode()
     (out / name).write_bytes(content)
     if message is None:
         succeed("--out", out, "--resume", "--steps", 4)
     else:
         assert message in fail("--out", out, "--resume", "--steps", 4)
+
+
+def test_resuming_to_a_step_that_is_past_is_refused(finished, fail):
+    before = files_in(finished)
+    error = fail("--out", finished, "--resume", "--steps", 1)
+    assert "--steps: was 1, must be at least the 3 that are done" in error
+    assert "--vary: was given, must be without" in fail("--out", finished, "--resume", "--vary")
+    assert files_in(finished) == before
 
 
 def test_resuming_with_other_settings_is_refused(checkpoint, text_file, finished, fail):
@@ -1018,6 +1031,12 @@ BAD = [
     (["--init", SHAPE, "--tokenizer", "train:x"], "--tokenizer: was train:x, must be train:SIZE"),
     (["--init", SHAPE, "--tokenizer", "train:9"], "--tokenizer: was train:9, which cannot be"),
     (["--tokenizer", "tiny"], "tokenizer: was of 2048 tokens, must fit the model's 400"),
+    (["--sft", ""], "--sft: was '', must be a name or a path"),
+    (["--adapter", ""], "--adapter: was '', must be a name or a path"),
+    (["--vary", "--attention", "full"], "--vary: was given with --attention full"),
+    (["--lora", "--adapter", "x", "--rank", 4], "--rank: was given with --adapter"),
+    (["--adapter", "x", "--merge", "y", "--lr", 1], "was given to merge --adapter, must be with"),
+    (["--window", 10**20], "must be a whole number, 1 or more, at most 9223372036854775807"),
     (["--merge", "x"], "--merge: was given alone"),
     (["--lora", "--merge", "."], "--merge: . was there already, must be new"),
     (["--lora", "--merge", "run/adapter"], "run/adapter, must be outside the run's folder"),
