@@ -9,6 +9,7 @@ import io
 import math
 import os
 import sys
+import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -66,7 +67,7 @@ def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:
         _redirect_to_nothing(sys.stdout)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         with suppress(OSError):  # nobody there to be told
             print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -211,14 +212,27 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(
             f"--device: was {name!r}, must be a device of this machine ({reason})"
         ) from None
+    if device.type == "cuda":
+        # cuDNN's attention, which newer cards prefer, prepares itself anew for each number of keys,
+        # which here is another with every token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype that --dtype names; bfloat16 on CUDA, float32 elsewhere."""
+    """The dtype that --dtype names; bfloat16 on CUDA where the card has it, else float32."""
     if name is not None:
         return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def read_clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:

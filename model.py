@@ -361,7 +361,10 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, self.rope, attend, use_reentrant=False)
+                x = checkpoint(
+                    block, x, layer, self.rope, attend,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
                 x = block(x, layer, self.rope, attend)
         return self.norm(x)

@@ -50,6 +50,7 @@ class Steady:
             torch._dynamo.mark_static_address(buffer)
         self._step = (transform or compile_step)(self._forward)
 
+    @torch.inference_mode(False)  # a graph that was captured in that mode fails outside it
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Read tokens [B], one for each row; logits [B, V] of the next."""

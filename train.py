@@ -524,7 +524,7 @@ def sum_losses(
     for hidden_chunk, label_chunk, teacher_chunk in chunks:
         loss = checkpoint(
             sum_chunk, model, hidden_chunk, label_chunk, teacher, teacher_chunk, share,
-            use_reentrant=False,
+            use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         losses.append(loss)
     return torch.stack(losses).sum()

@@ -14,7 +14,6 @@ and pictures.
 """
 
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -106,13 +105,6 @@ def make_schedule(window: int, model: LlamaConfig) -> FreqKVConfig:
 # Clocks
 
 
-def read_clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def time_calls(
     call: Callable[[], object], repeats: int, device: torch.device, warm: int = 2
 ) -> list[float]:
@@ -121,9 +113,9 @@ def time_calls(
         call()
     seconds = []
     for _ in range(repeats):
-        start = read_clock(device)
+        start = cli.read_clock(device)
         call()
-        seconds.append(read_clock(device) - start)
+        seconds.append(cli.read_clock(device) - start)
     return seconds
 
 
@@ -197,7 +189,11 @@ def run_apart(call: Callable[..., Record], *arguments: Any) -> Record:
 
     MemoryError where that process is killed.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what this process holds no longer is the other one's to use
+    context = multiprocessing.get_context("spawn")
+    without_cudnn = torch.backends.cuda.enable_cudnn_sdp  # as cli.choose_device has it
+    with ProcessPoolExecutor(1, context, without_cudnn, (False,)) as pool:
         try:
             return pool.submit(call, *arguments).result()
         except BrokenProcessPool:
@@ -328,11 +324,12 @@ class TimedCache(FreqKVCache):
         self.seconds: dict[int, float] = {}  # of all layers, after so many tokens
 
     def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Any) -> tuple[int, int]:
-        start = read_clock(keys.device)
+        if self.config.rounds(seen + 1) == self.config.rounds(seen):  # none now: ask no clock
+            return super()._make_room(keys, values, seen, rope)
+        start = cli.read_clock(keys.device)
         room = super()._make_room(keys, values, seen, rope)
-        if self.config.rounds(seen + 1) > self.config.rounds(seen):
-            took = read_clock(keys.device) - start
-            self.seconds[seen] = self.seconds.get(seen, 0.0) + took
+        took = cli.read_clock(keys.device) - start
+        self.seconds[seen] = self.seconds.get(seen, 0.0) + took
         return room
 
 
@@ -384,10 +381,10 @@ def time_reading(model: Llama, schedule: cli.Schedule, tokens: int) -> tuple[flo
         cache = TimedLevelsCache(schedule)
     else:
         cache = TimedCache(schedule)
-    start = read_clock(device)
+    start = cli.read_clock(device)
     for _ in read_parts(model, text, cache, CHUNK):
         pass
-    return read_clock(device) - start, list(cache.seconds.values())
+    return cli.read_clock(device) - start, list(cache.seconds.values())
 
 
 @torch.inference_mode()

@@ -336,7 +336,8 @@ def test_a_batch_of_prompts(script):
 
 def in_a_process(checkpoint, *flags, stdin=""):
     """Run generate.py as a user does; one thread, which tiny tensors like best."""
-    command = [sys.executable, "generate.py", "--model", checkpoint, "--window", "32", *flags]
+    command = [sys.executable, "generate.py", "--model", checkpoint, "--device", "cpu"]
+    command += ["--window", "32", *flags]
     return subprocess.run(
         command,
         input=stdin.encode(),

@@ -16,6 +16,7 @@ from helpers import compile_eagerly, random_tokens, read, tiny_checkpoint, tiny_
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import cli
 import dct as dct_file
 import steady
 from dct import lowpass
@@ -72,7 +73,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(speed, "time", clock)
+    monkeypatch.setattr(cli, "time", clock)
     return clock
 
 

@@ -136,7 +136,7 @@ def test_the_script_writes_the_same(tmp_path, outcome, monkeypatch, schedule):
     monkeypatch.setattr(steady, "compile_step", compile_eagerly)
     tiny_checkpoint(tmp_path)
     flags = ("--model", tmp_path, "--prompt", "def main(" * 9, "--max-new-tokens", 60)
-    flags += ("--window", 32, "--schedule", schedule)
+    flags += ("--window", 32, "--schedule", schedule, "--device", "cpu")
     plain = outcome(generate, *flags)
     compiled = outcome(generate, *flags, "--compile")
     assert plain.code == compiled.code == 0, compiled.err

@@ -62,13 +62,17 @@ def load_model(
     path = find(path_or_name)
     config, tensors = _choose_reader(path).read(path)
     model = blank_model(config)
-    state = _collect(path, model, tensors, dtype, torch.device(device or "cpu"))
+    wanted = torch.device(device or "cpu")
+    # An adapter is merged on the CPU: so the weights are the same on every device.
+    place = wanted if adapter is None else torch.device("cpu")
+    state = _collect(path, model, tensors, dtype, place)
     model.load_state_dict(state, assign=True)
     if adapter is not None:
         from lora import load_adapter, merge_lora  # here, since lora.py imports from this package
 
         load_adapter(model, adapter)
         merge_lora(model)
+        model.to(wanted)
     return model.eval()
 
 
