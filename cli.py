@@ -157,9 +157,19 @@ def name_or_path(text: str) -> str:
     return text
 
 
-def several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a flag that takes values of such a type, with commas between them."""
-    return lambda text: [parse(part) for part in text.split(",")]
+def several(parse: Callable[[str], Any], repeats: bool = False) -> Callable[[str], list[Any]]:
+    """The type of a flag that takes values of such a type, with commas between them.
+
+    repeats: whether a value may come twice.
+    """
+
+    def parse_all(text: str) -> list[Any]:
+        values = [parse(part.strip()) for part in text.split(",")]
+        if not repeats and len(set(values)) < len(values):
+            raise ArgumentTypeError(f"was {text!r}, must be without repeats")
+        return values
+
+    return parse_all
 
 
 # Files to write

@@ -108,8 +108,8 @@ def pack(
 # Files
 
 
-def data_files(patterns: Sequence[str] | None) -> list[Path]:
-    """The files that --data names, sorted; Python's own source, without its tests, if nothing.
+def data_files(patterns: Sequence[str] | None, flag: str = "--data") -> list[Path]:
+    """The files that a flag names, sorted; Python's own source, without its tests, if nothing.
 
     A pattern is a file, a folder with all that is in it, or names with * and **. Hidden and empty
     files are passed over. OSError or ValueError for a pattern without any file.
@@ -118,15 +118,15 @@ def data_files(patterns: Sequence[str] | None) -> list[Path]:
         return find_python_source()
     files: set[Path] = set()
     for pattern in patterns:
-        files |= match_files(pattern)
+        files |= match_files(pattern, flag)
     return sorted(files)
 
 
-def match_files(pattern: str) -> set[Path]:
-    """The files that one pattern of --data names."""
+def match_files(pattern: str, flag: str = "--data") -> set[Path]:
+    """The files that one pattern names."""
     path = Path(pattern)
     if not pattern:
-        raise ValueError("--data: was '', must be a file, a folder or a pattern")
+        raise ValueError(f"{flag}: was '', must be a file, a folder or a pattern")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{path}: was empty, must hold text or tokens")
     if path.is_dir():
@@ -139,7 +139,7 @@ def match_files(pattern: str) -> set[Path]:
         if file.is_file() and file.stat().st_size > 0:
             files.add(file)
     if not files:
-        raise FileNotFoundError(f"--data: {pattern} held no file with content, must hold one")
+        raise FileNotFoundError(f"{flag}: {pattern} held no file with content, must hold one")
     return files
 
 

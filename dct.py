@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The discrete cosine transform as matrices, and the low-pass operator that FreqKV makes of it.
 
     dct(x)           =  x Cᵀ      C [n, n], the orthonormal DCT-II of size n

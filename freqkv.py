@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FreqKV: a KV cache of constant size, compressed along the sequence in the frequency domain.
 
 Kai et al., ICLR 2026, arXiv 2505.00570. Here are the schedule (`FreqKVConfig`), one round of

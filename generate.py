@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import cli
 from cli import Cache
-from freqkv import FreqKVCache
+from freqkv import FreqKVCache, lowband
 from levels import LevelsCache, LevelsConfig
 from model import FullCache, Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
@@ -421,8 +421,9 @@ def summarize(
     ]
     memory = f"cache: {cli.format_bytes(cache.nbytes)}"
     if isinstance(cache, FreqKVCache):
+        what = "compression" if cache.operator is lowband else "selection"
         lines.append(
-            f"{cli.format_count(cache.rounds, 'round')} of compression; {cache.slots:,} of "
+            f"{cli.format_count(cache.rounds, 'round')} of {what}; {cache.slots:,} of "
             f"{cache.config.window:,} slots in use after {cache.tokens_seen:,} tokens"
         )
         each = cache.nbytes / cache.config.window  # bytes of a token's keys and values

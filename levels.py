@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beyond the paper: the same operators on a ladder of levels, where resolution falls as 1/age.
 
 In FreqKV every round compresses all that is there again, so a passage is halved after each window.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA: low-rank updates of linear layers, and adapters in the layout of PEFT.
 
     add_lora(model, rank=8, alpha=16)                   # all else is frozen

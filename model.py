@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaMA: configuration, rotary positions, attention, block, forward. Needs only torch.
 
 Llama 2, 3, 3.1, 3.2, 3.3 and models of the same architecture (Touvron et al., arXiv 2307.09288;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding in shapes that never change: one graph for a text of any length.
 
     read_token = Steady(model, cache)   # a FreqKVCache or LevelsCache that has read a text

@@ -6,12 +6,11 @@ The caches are filled with random keys and values, which cost what real ones cos
 turns, so that what else the machine does falls on all of them alike.
 """
 
-import sys
-from collections.abc import Sequence
 from statistics import median
 
 import torch
 
+import cli
 import weights
 from examples.transformers_freqkv import Conversation, attach, detach
 from experiments import peers
@@ -23,7 +22,13 @@ TURNS = 4
 
 
 @torch.no_grad()
-def main(lengths: Sequence[int]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(prog="examples.time_transformers", description=__doc__)
+    lengths = [4096, 16384, 65536]
+    parser.add_argument(
+        "lengths", nargs="*", type=cli.integer(64), default=lengths, help="of texts, in tokens"
+    )
+    lengths = parser.parse_args(argv).lengths
     model = weights.load_model("smollm2")
     host = peers.make_twin(model)
     config = FreqKVConfig(window=2048)
@@ -54,4 +59,4 @@ def main(lengths: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [4096, 16384, 65536])
+    cli.run(main, "examples.time_transformers")

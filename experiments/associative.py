@@ -236,7 +236,8 @@ def add_flags(parser: cli.Parser) -> None:
     integer = cli.integer
     add = parser.add_argument
     names = ",".join(make_strategies(64))
-    add("--strategies", metavar="S,S", help=f"of {names}, with commas (of 64 slots) [all]")
+    text = f"of {names}, with commas (of 64 slots) [all]"
+    add("--strategies", type=cli.several(str), metavar="S,S", help=text)
     add("--seeds", type=integer(1), default=1, help="models of each strategy [%(default)s]")
     add("--steps", type=integer(1), default=800, help="of training, each [%(default)s]")
     add("--slots", type=integer(16), default=64, help="of all strategies but full [%(default)s]")
@@ -245,7 +246,7 @@ def add_flags(parser: cli.Parser) -> None:
     add("--facts", type=cli.several(integer(1, 64)), default="8", metavar="N,N",
         help="facts in a text, with commas [%(default)s]")  # fmt: skip
     add("--train-length", type=integer(64), default=256, help="tokens [%(default)s]")
-    add("--lengths", type=cli.several(integer(64)), metavar="N,N",
+    add("--lengths", type=cli.several(integer(64, 1 << 20)), metavar="N,N",
         help="tokens of texts to test on [the trained length, 2 and 16 times it]")  # fmt: skip
     text = "filler that repeats a phrase, in place of random filler"
     add("--structured", action="store_true", help=text)
@@ -260,9 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         report.check_plots()
     strategies = make_strategies(args.slots, args.ratio)
-    names = list(strategies)
-    if args.strategies is not None:
-        names = args.strategies.split(",")
+    names = args.strategies or list(strategies)
     for name in names:
         if name not in strategies:
             raise ValueError(f"--strategies: was {name!r}, must be of {', '.join(strategies)}")
@@ -270,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     for facts in args.facts:
         if 4 * facts > args.train_length // 4:
             raise ValueError(f"--facts: was {facts}, must be at most 1/16 of --train-length")
+        if facts >= min(lengths):
+            raise ValueError(f"--lengths: was {min(lengths)}, must be above --facts, {facts}")
     folder = report.open_folder(args.out, "associative", "small")
     about = (args.slots, args.ratio, args.steps, args.train_length, args.structured, lengths)
     journal = report.Journal(folder / "associative.journal.jsonl", about)

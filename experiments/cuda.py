@@ -5,26 +5,30 @@
 
 The tests that need CUDA; the speed of everything beside transformers; SmolLM2 tuned by the paper's
 recipe with each kind of attention, for as many minutes each; then perplexity and recall of each. A
-piece that is done is not done again: stop it at any time, and give the same command to go on. What
-the pieces print is kept in FOLDER/NAME.log. At the end a table, which is also in table.txt.
+piece that is done is not done again: stop it at any time, and give the same command to go on. One
+that fails does not stop the others. What the pieces print is kept in FOLDER/NAME.log. At the end a
+table, which is also in table.txt.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import cli
+from data import data_files
 from experiments import report
 from weights.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
+MINUTES = 8.0  # of tuning, for each kind of attention
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,13 @@ def make_command(program: list[str], flags: dict[str, Any]) -> list[str]:
     return command
 
 
-def run_piece(folder: Path, name: str, command: Sequence[str]) -> None:
-    """Run a command unless it is done, with what it prints in NAME.log; ValueError if it fails."""
+def run_piece(
+    folder: Path, name: str, command: Sequence[str], is_done: Callable[[], bool] | None = None
+) -> None:
+    """Run a command unless it is done, with what it prints in NAME.log; ValueError if it fails.
+
+    is_done: whether it has come to its end, where its exit code does not say so.
+    """
     done = folder / f"{name}.done"
     if done.exists():
         print(f"{name}: done before")
@@ -113,13 +122,35 @@ def run_piece(folder: Path, name: str, command: Sequence[str]) -> None:
     log = folder / f"{name}.log"
     print(f"{name}: {' '.join(command)}", flush=True)
     with log.open("w") as out:
-        ended = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
-        )
-    if ended.returncode != 0:
+        code = run_to_its_end([sys.executable, *command], out)
+    if code != 0 or (is_done is not None and not is_done()):
         last = log.read_text(errors="replace").strip().split("\n")[-1]
-        raise ValueError(f"{name}: ended with {ended.returncode} ({last}); all of it: {log}")
+        raise ValueError(f"{name}: ended with {code} ({last}); all of it: {log}")
     done.touch()
+
+
+def run_to_its_end(command: Sequence[str], out: TextIO) -> int:
+    """Run a program in the project's folder; its exit code.
+
+    On Ctrl-C, which the program receives as well, it has time to save what it has.
+    """
+    with subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as program:
+        try:
+            return program.wait()
+        except KeyboardInterrupt:
+            program.wait()
+            raise
+
+
+def attempt(failures: list[str], work: Callable[..., None], *about: Any) -> bool:
+    """Do what is left of the work; where it fails, say so, and note it for the end."""
+    try:
+        work(*about)
+    except ValueError as error:
+        print(f"failed: {error}", flush=True)
+        failures.append(str(error))
+        return False
+    return True
 
 
 def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: float) -> None:
@@ -141,15 +172,30 @@ def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: flo
     if run.attention == "full":
         del flags["recent"]
     first = make_command(["train.py"], flags | {"steps": plan.first_steps})
-    run_piece(folder, f"{run.name}-first", first)
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    times = [record["seconds"] for record in records if "seconds" in record]
+    first_is_done = partial(has_steps, out, plan.first_steps)
+    run_piece(folder, f"{run.name}-first", first, first_is_done)
+    times = [record["seconds"] for record in read_log(out) if "seconds" in record]
     steps = max(int(seconds / median(times)), plan.first_steps + 1)
     steps_file = folder / f"{run.name}.steps"  # kept: it goes on to the same number of steps
     if not steps_file.exists():
         steps_file.write_text(str(steps))
-    whole = make_command(["train.py"], flags | {"steps": steps_file.read_text()})
-    run_piece(folder, f"{run.name}-tuned", whole)
+    steps = int(steps_file.read_text())
+    whole = make_command(["train.py"], flags | {"steps": steps})
+    run_piece(folder, f"{run.name}-tuned", whole, partial(has_steps, out, steps))
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The records of a run of train.py, but for a last one that a kill cut short."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def has_steps(out: Path, steps: int) -> bool:
+    """Whether a run of train.py has done so many steps: it may have been stopped before."""
+    return any(record["step"] >= steps for record in read_log(out))
 
 
 def measure(folder: Path, run: Run, plan: Plan, about: dict[str, Any]) -> None:
@@ -170,10 +216,13 @@ def measure(folder: Path, run: Run, plan: Plan, about: dict[str, Any]) -> None:
 
 
 def format_results(folder: Path) -> str:
-    """Perplexity by length and right answers by distance, a row for each run."""
+    """Perplexity by length and right answers by distance, a row for each run that has both."""
     rows = []
+    head = [""]
     for run in RUNS:
         results = folder / f"{run.name}-results"
+        if not (folder / f"{run.name}-recall.done").exists():
+            continue
         head = [""]
         row = [run.name]
         for record in json.loads((results / "perplexity.json").read_text()):
@@ -193,8 +242,9 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     for name, value in read_json(path).items():
-        if value != settings[name]:
-            raise ValueError(f"--{name}: was {settings[name]}, must be {value}, as {folder} began")
+        given = settings.get(name)
+        if value != given:
+            raise ValueError(f"--{name}: was {given}, must be {value}, as {folder} began")
 
 
 # The script
@@ -207,8 +257,8 @@ def make_parser() -> cli.Parser:
     add("--device", default="cuda", help="[%(default)s]")
     add("--data", nargs="+", metavar="PATH", help="texts to tune on [Python's own source]")
     add("--texts", nargs="+", metavar="PATH", help="texts to measure on [Python's, held out]")
-    text = "of tuning, for each kind of attention [%(default)s]"
-    add("--minutes", type=cli.real(0, 600), default=8.0, help=text)
+    text = f"of tuning, for each kind of attention [{MINUTES:g}]"
+    add("--minutes", type=cli.real(0, 600), help=text)
     add("--out", type=Path, default=Path("runs/cuda"), help="folder [%(default)s]")
     text = "the built-in model and small sizes: does every piece run?"
     add("--quick", action="store_true", help=text)
@@ -217,34 +267,52 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    if args.quick and args.minutes is not None:
+        raise ValueError("--minutes: was given with --quick, must be without")
     cli.choose_device(args.device)
+    data_files(args.data, "--data")
+    data_files(args.texts, "--texts")
     folder = report.open_folder(args.out, "cuda", "all").absolute()
     plan = QUICK if args.quick else FULL
     settings = vars(args).copy()
     del settings["out"]
     keep_settings(folder, settings)
-    run_all(args, plan, folder)
+    failures = run_all(args, plan, folder)
     table = format_results(folder)
     (folder / "table.txt").write_text(table + "\n")
     print(table)
+    if failures:
+        count = cli.format_count(len(failures), "piece")
+        raise ValueError(f"{count} failed, as said above; the same command tries them again")
 
 
-def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> None:
-    """All pieces, one after another."""
-    run_piece(folder, "tests", ["-m", "pytest", "-m", "cuda", "tests"])
+def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> list[str]:
+    """All pieces, one after another; what is to be said of those that failed."""
+    failures: list[str] = []
+    attempt(failures, run_piece, folder, "tests", ["-m", "pytest", "-m", "cuda", "tests"])
+    flags = {"device": args.device, "out": folder / "speed"}
+    if args.quick:
+        flags["quick"] = True
     cases = SPEED[:1] if args.quick else SPEED
     for case in cases:
-        flags = {"device": args.device, "out": folder / "speed"}
-        if args.quick:
-            flags["quick"] = True
-        elif case == "decode":
-            flags["compile"] = True
-        run_piece(folder, f"speed-{case}", make_command(["-m", "experiments.speed", case], flags))
-    seconds = 0.0 if args.quick else 60 * args.minutes
+        command = make_command(["-m", "experiments.speed", case], flags)
+        attempt(failures, run_piece, folder, f"speed-{case}", command)
+    if not args.quick:  # apart: it takes a compiler, which not every machine has
+        flags |= {"out": folder / "speed-compiled", "compile": True}
+        command = make_command(["-m", "experiments.speed", "decode"], flags)
+        attempt(failures, run_piece, folder, "speed-compiled", command)
+
+    minutes = MINUTES if args.minutes is None else args.minutes
+    seconds = 0.0 if args.quick else 60 * minutes
+    tuned = []
+    about = {"device": args.device, "data": make_absolute(args.data)}
     for run in RUNS:
-        tune(folder, run, plan, {"device": args.device, "data": make_absolute(args.data)}, seconds)
-    for run in RUNS:
-        measure(folder, run, plan, {"device": args.device, "data": make_absolute(args.texts)})
+        if attempt(failures, tune, folder, run, plan, about, seconds):
+            tuned.append(run)
+    about = {"device": args.device, "data": make_absolute(args.texts)}
+    for run in tuned:
+        attempt(failures, measure, folder, run, plan, about)
+    return failures
 
 
 def make_absolute(paths: list[str] | None) -> list[Path] | None:

@@ -13,6 +13,7 @@ from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def tiny_config(**changes):

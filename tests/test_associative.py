@@ -128,6 +128,9 @@ def test_a_run_writes_its_table_and_goes_on(tmp_path, capsys, monkeypatch):
     [
         (["--strategies", "lowband,best"], "--strategies: was 'best', must be of full, newest"),
         (["--facts", "30"], "--facts: was 30, must be at most 1/16 of --train-length"),
+        (["--facts", "16,16"], "--facts: was '16,16', must be without repeats"),
+        (["--strategies", "lowband, lowband"], "must be without repeats"),
+        (["--facts", "64", "--train-length", "1024", "--lengths", "64"], "--lengths: was 64, must"),
         (["--slots", "8"], "--slots: was '8'"),
         (["--ratio", "1"], "ratio: was 1.0"),
     ],

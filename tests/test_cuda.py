@@ -4,10 +4,15 @@ Run: pytest tests/test_cuda.py
 """
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from experiments import cuda
+from tests.helpers import ROOT
 
 
 def test_a_piece_is_done_once_and_its_words_are_kept(tmp_path, capsys):
@@ -28,9 +33,67 @@ def test_a_piece_that_fails_is_tried_again(tmp_path):
             cuda.run_piece(tmp_path, "piece", ["-c", "print('why'); exit(3)"])
 
 
+def test_a_piece_that_ended_before_its_end_is_not_done(tmp_path):
+    """As train.py does on a signal, which saves and ends with 0."""
+    with pytest.raises(ValueError, match=r"piece: ended with 0 \(saved\)"):
+        cuda.run_piece(tmp_path, "piece", ["-c", "print('saved')"], lambda: False)
+    assert not (tmp_path / "piece.done").exists()
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    assert cuda.has_steps(tmp_path, 3)
+    assert not cuda.has_steps(tmp_path, 4)
+    assert not cuda.has_steps(tmp_path / "nowhere", 0)
+
+
+SLOW_TO_STOP = """
+import signal, sys, time
+def stop(number, frame):
+    time.sleep(1)
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(0)
+signal.signal(signal.SIGINT, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interrupted_piece_has_time_to_save(tmp_path, monkeypatch):
+    """Ctrl-C goes to the script and to its piece; the script waits for the piece."""
+
+    def interrupt(program, timeout=None):
+        while b"ready" not in (tmp_path / "log").read_bytes():
+            time.sleep(0.01)
+        monkeypatch.undo()
+        program.send_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
+    command = [sys.executable, "-c", SLOW_TO_STOP, str(tmp_path / "file")]
+    with (tmp_path / "log").open("w") as out, pytest.raises(KeyboardInterrupt):
+        cuda.run_to_its_end(command, out)
+    assert (tmp_path / "file").read_text() == "saved"
+
+
+def test_a_piece_that_fails_does_not_stop_the_others(tmp_path, outcome, monkeypatch):
+    ran = []
+
+    def run_piece(folder, name, command, is_done=None):
+        ran.append(name)
+        if name in ("tests", "window-first"):
+            raise ValueError(f"{name}: ended with 1")
+
+    monkeypatch.setattr(cuda, "run_piece", run_piece)
+    monkeypatch.setattr(cuda, "read_log", lambda out: [{"step": 1, "seconds": 1.0}])
+    ended = outcome(cuda, "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "2 pieces failed" in ended.err
+    assert "failed: window-first: ended with 1" in ended.out
+    assert {"speed-decode", "freqkv-tuned", "freqkv-recall"} <= set(ran)
+    assert not {"window-tuned", "window-recall"} & set(ran)
+
+
 def test_steps_fill_the_time(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(cuda, "run_piece", lambda folder, name, command: ran.append(command[-1]))
+    monkeypatch.setattr(cuda, "run_piece", lambda folder, name, command, _: ran.append(command[-1]))
     run = cuda.Run("x", "freqkv")
     (tmp_path / "x").mkdir()
     times = [{"step": 0, "val_loss": 1}, {"step": 1, "seconds": 9}, {"step": 2, "seconds": 2}]
@@ -61,9 +124,24 @@ def test_all_pieces(tmp_path, outcome, monkeypatch):
     again = outcome(cuda, *flags)
     assert again.out.count("done before") == 6
     assert table in again.out
-    other = outcome(cuda, *flags, "--minutes", 3)
+    other = outcome(cuda, *flags, "--texts", ROOT / "dct.py")
     assert other.code == 2
-    assert "--minutes: was 3.0, must be 8.0, as" in other.err
+    assert "--texts: was ['" in other.err
+    assert "must be None, as" in other.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "no/such"], "--data: no/such held no file"),
+        (["--texts", "no/such"], "--texts: no/such held no file"),
+        (["--minutes", "3"], "--minutes: was given with --quick"),
+    ],
+)
+def test_bad_input_leaves_nothing(outcome, tmp_path, flags, message):
+    ran = outcome(cuda, "--quick", "--device", "cpu", "--out", tmp_path / "out", *flags)
+    assert (ran.code, message in ran.err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_device_that_is_not_there(outcome, tmp_path):

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from examples import own_attention
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, newest
 from tests.helpers import (
+    DEVICES,
     ROOT,
     attend_in_pieces,
     load_published,
@@ -119,6 +120,17 @@ def test_families(family, changes):
         conversation = Conversation(CONFIG)
         close(read(host, tokens, conversation, where), whole)
         assert conversation.freqkv.rounds == CONFIG.rounds(50) > 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_a_gpu(host, device):
+    tokens = random_tokens(2, 50)
+    expected = make_own(host)(tokens, FreqKVAttention(CONFIG))
+    attach(host.to(device), CONFIG)
+    read_there = read(host, tokens.to(device), Conversation(CONFIG), [7, 16, 17, 40])
+    assert_close(read_there.cpu(), expected, atol=1e-3, rtol=0)
+    written = host.generate(tokens.to(device), max_new_tokens=20, do_sample=False)
+    assert written.shape == (2, 70)
 
 
 @pytest.mark.parametrize("operator", [example.lowband, newest])
@@ -416,7 +428,7 @@ def test_smollm2_through_both_loaders():
 @pytest.mark.slow
 def test_time_and_memory_of_a_token(capsys):
     smollm2_path()
-    time_transformers.main((600,))
+    time_transformers.main(["600"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "600 tokens, transformers",
@@ -426,11 +438,17 @@ def test_time_and_memory_of_a_token(capsys):
     assert lines[0].endswith(" MB")
 
 
+def test_lengths_that_cannot_be(outcome):
+    for wrong in ("abc", "0", "20"):
+        ran = outcome(time_transformers, wrong)
+        assert (ran.code, f"lengths: was '{wrong}', must be a whole" in ran.err) == (2, True)
+
+
 # One's own
 
 
 def test_own_attention(capsys):
-    runpy.run_module("examples.own_attention", run_name="__main__")
+    runpy.run_path(ROOT / "examples/own_attention.py", run_name="__main__")
     assert capsys.readouterr().out == "1000 tokens in 40 slots\n"
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     DATA,
+    DEVICES,
     attend_in_pieces,
     cuts,
     expected_model,
@@ -777,6 +778,20 @@ def test_both_copies_of_attention_are_the_same():
 # On a GPU
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", [lowband, newest, distinct])
+def test_a_cache_moves_between_devices(exact_model, operator, device):
+    """Read there, saved, and read on here: what one call of the other form gives."""
+    tokens = random_tokens(2, 90)
+    expected = read(exact_model, tokens, FreqKVAttention(CONFIG, operator))
+    there = FreqKVCache(CONFIG, operator)
+    first = read(tiny_model().double().to(device), tokens[:, :60].to(device), there, [7, 33])
+    state = {name: tensor.cpu() for name, tensor in there.state_dict().items()}
+    here = FreqKVCache.from_state(state, operator)
+    rest = read(exact_model, tokens[:, 60:], here, [1, 11])
+    close(torch.cat((first.cpu(), rest), dim=1), expected, 1e-5)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("form", [0, 1], ids=["parallel", "cache"])
 def test_gpu_equals_cpu(model, form):
@@ -819,7 +834,7 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", [0, 1], ids=["trains", "reads"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flash_attention_runs(device, form, kv_heads):

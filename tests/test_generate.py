@@ -23,7 +23,7 @@ from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from generate import Sampling
 from levels import LevelsAttention, LevelsConfig
 from model import FullCache, Llama
-from tests.helpers import ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
+from tests.helpers import DEVICES, ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
 from weights import load_model, load_tokenizer, save_model
 
 CONFIG = FreqKVConfig(window=16, sinks=2)
@@ -543,9 +543,22 @@ def test_closed_and_narrow_streams(checkpoint):
 # The real model, and a GPU
 
 
-@pytest.mark.cuda
-def test_bf16_generation_past_the_window(checkpoint):
-    model = load_model(checkpoint, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cache_saved_on_a_gpu(checkpoint, tmp_path, outcome, device):
+    """Read in two calls of the script, on one device and on another."""
+    flags = ["--model", checkpoint, "--window", 32, "--temperature", 0, "--dtype", "float32"]
+    file = tmp_path / "x.safetensors"
+    ran = outcome(generate, *flags, "--prompt", STORY, "--device", device, "--save-cache", file)
+    assert ran.code == 0, ran.err
+    ran = outcome(
+        generate, *flags, "--prompt", "then", "--device", "cpu", "--load-cache", file,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_generation_past_the_window(checkpoint, device):
+    model = load_model(checkpoint, torch.bfloat16, device)
     cache = FreqKVCache(CONFIG)
     logits = generate.read(model, random_tokens(1, 100, vocab_size=400), cache, 33)
     step = partial(generate.read_token, model, cache)

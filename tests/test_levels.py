@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
-from helpers import attend_in_pieces, cuts, plain_rope, random_qkv, random_tokens, read, tiny_model
+from helpers import (
+    DEVICES,
+    attend_in_pieces,
+    cuts,
+    plain_rope,
+    random_qkv,
+    random_tokens,
+    read,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -335,3 +344,17 @@ def test_crop_and_reorder(model):
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         LevelsConfig(**{"window": 32, "sinks": 2, "recent": 3, "block": 3, name: value})
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@over_operators
+def test_both_forms_on_a_gpu(model, operator, device):
+    tokens = random_tokens(2, 90)
+    expected = read(model, tokens, LevelsAttention(CONFIG, operator))
+    there = tiny_model().double().to(device)
+    for attend in (LevelsAttention(CONFIG, operator), LevelsCache(CONFIG, operator)):
+        where = [] if isinstance(attend, LevelsAttention) else [7, 33, 34]
+        close(read(there, tokens.to(device), attend, where).cpu(), expected, 1e-5)

@@ -485,8 +485,8 @@ def test_bad_input_to_the_grid_is_one_line(script, read, flags):
 
 def test_without_matplotlib_a_picture_is_refused_at_once(script, tmp_path, monkeypatch, read):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert_fails(script(*SLOTS, "--plot"), "--plot: matplotlib was not found: pip install matplot")
-    assert_fails(script(*GRID, "--plot", module=ablation), "--plot: matplotlib was not found")
+    assert_fails(script(*SLOTS, "--plot"), "pictures: matplotlib was not found: pip install")
+    assert_fails(script(*GRID, "--plot", module=ablation), "pictures: matplotlib was not found")
     assert not (tmp_path / "out").exists()
     assert script(*SLOTS, "--lengths", 20, "--limit", 1).code == 0
 

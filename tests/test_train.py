@@ -29,7 +29,7 @@ from freqkv import FreqKVAttention, FreqKVConfig, distinct, lowband, newest
 from levels import LevelsAttention, LevelsConfig
 from lora import load_adapter
 from model import causal_attention
-from tests.helpers import ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
+from tests.helpers import DEVICES, ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
 from weights import load_model, load_tokenizer, save_model
 
 CONFIG = FreqKVConfig(window=16, sinks=2)
@@ -702,6 +702,20 @@ def assert_same_run(out, expected, recipe="--full"):
     for file in (f"{name}.safetensors", "best.json"):
         assert (out / file).read_bytes() == (expected / file).read_bytes()
     assert not list(out.glob("**/.tmp-*"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["--full", "--lora"])
+def test_in_bfloat16_on_a_gpu(checkpoint, tokens_file, tmp_path, succeed, recipe, device):
+    """Autocast, layers computed again, and four steps after two: as four in one go, nearly."""
+    more = (recipe, "--device", device, "--dtype", "bfloat16", "--checkpointing")
+    argv = flags(checkpoint, tokens_file, tmp_path / "a", *more, "--steps", 4)
+    succeed(*argv)
+    succeed(*flags(checkpoint, tokens_file, tmp_path / "b", *more, "--steps", 2))
+    succeed("--out", tmp_path / "b", "--resume", "--steps", 4)
+    for step, loss in values(tmp_path / "a", "loss").items():
+        assert values(tmp_path / "b", "loss")[step] == pytest.approx(loss, rel=1e-2)
+    assert values(tmp_path / "a", "loss").keys() == {1, 2, 3, 4}
 
 
 def stop_at(monkeypatch, steps, number):
