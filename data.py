@@ -1,9 +1,13 @@
 """Text, token files and conversations, as rows to train on.
 
-Text, a file to a document, is packed into rows of one length, with the end of text between two
-documents. They come in the order of a hash of their contents, equal ones once, and the last share
-of the stream is held out; of a token file its own last share; of conversations the last ones. Which
-rows a step reads depends on the seed and on the number of the step, and on nothing else.
+Three kinds of files make rows to train on, and rows that are held out:
+
+    text files      packed one after another, in the order of a hash of their contents, equal ones
+                    once, the token of an end between two; the last share of all is held out
+    .bin files      tokens as they are, packed; the last share of each file is held out
+    conversations   a row each, with labels on answers alone; the last records are held out
+
+Which rows a step reads depends on the seed and on the number of the step, and on nothing else.
 """
 
 import glob

@@ -37,7 +37,7 @@ from dct import lowpass
 
 # keys, values [B, K, n, D] of the span, of one dtype, and keep -> keys, values [B, K, keep, D]
 Operator = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-Rope = Callable[..., Tensor]  # rope(x, start, inverse=False)
+Rotate = Callable[..., Tensor]  # rope(x, start, inverse=False)
 
 TIE = 1e-5  # cosines closer than this may differ by rounding alone: 3e-6 after 190 rounds
 HALF_WAY = (
@@ -176,7 +176,7 @@ class FreqKVAttention:
         self.config = config
         self.operator = operator
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
         _check_shapes(q, k, v)
         config = self.config
@@ -262,7 +262,7 @@ class FreqKVCache:
 
     # Reading
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
         _check_shapes(q, k, v)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -277,7 +277,7 @@ class FreqKVCache:
         with torch.no_grad():
             return self._read(layer, q, k, v, rope)
 
-    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         keys = self._keys[layer]
         values = self._values[layer]
         seen = self._tokens[layer]
@@ -300,7 +300,7 @@ class FreqKVCache:
         self._busy = False
         return out
 
-    def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Rope) -> tuple[int, int]:
+    def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Rotate) -> tuple[int, int]:
         """Slots in use, and slots that are free; a round makes some free where all are in use."""
         window = self.config.window
         used = self.config.slots(seen)
@@ -309,7 +309,7 @@ class FreqKVCache:
             used -= self.config.stride
         return used, window - used
 
-    def _compress(self, keys: Tensor, values: Tensor, rope: Rope) -> None:
+    def _compress(self, keys: Tensor, values: Tensor, rope: Rotate) -> None:
         """One round, in place: keys and values [B, K, N, D] move to their new slots."""
         config = self.config
         wide = torch.promote_types(keys.dtype, torch.float32)  # to round once, at the end

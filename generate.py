@@ -29,7 +29,7 @@ import cli
 from cli import Cache
 from freqkv import FreqKVCache, lowband
 from levels import LevelsCache, LevelsConfig
-from model import FullCache, Llama
+from model import Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
 from weights.files import decode_text, read_text, write_beside
 
@@ -323,32 +323,23 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def choose_cache(args: cli.Namespace, name: str | None, model: Llama, tokens: Tensor) -> Cache:
-    """The cache that the flags ask for, empty or loaded; ValueError where it cannot be.
-
-    name: of those in cli.CACHES; None for a loaded one, which says it itself.
-    """
+def check_length(tokens: int, model: Llama) -> None:
+    """ValueError unless a full cache of so many tokens stays within the model's positions."""
     most = model.config.max_position_embeddings
-    total = tokens.shape[1] + args.max_new_tokens
-    if name == "full":
-        if total > most:
-            raise ValueError(
-                f"--cache full: prompt and new tokens were {total}, must be at most the model's "
-                f"{most} positions; --cache freqkv reads texts of any length"
-            )
-        return FullCache(total)
-    if args.load_cache is None:
-        assert name is not None
-        schedule = cli.choose_schedule(args, model.config)
-        return cli.make_cache(name, schedule, total)
-    cache = load_cache(args.load_cache, name, model)
-    check_settings(cli.given_settings(args), cache.config)
-    if len(tokens) != cache.batch:
+    if tokens > most:
         raise ValueError(
-            f"--prompt: was {len(tokens)} for a cache of {cache.batch}, "
+            f"--cache full: prompt and new tokens were {tokens}, must be at most the model's "
+            f"{most} positions; --cache freqkv reads texts of any length"
+        )
+
+
+def check_batch(texts: int, cache: FreqKVCache) -> None:
+    """ValueError unless there are as many prompts as a loaded cache has rows."""
+    if texts != cache.batch:
+        raise ValueError(
+            f"--prompt: was {texts} for a cache of {cache.batch}, "
             "must be as many as --load-cache was made of"
         )
-    return cache
 
 
 def check_settings(given: dict[str, Any], config: cli.Schedule) -> None:
@@ -459,7 +450,16 @@ def main(argv: list[str] | None = None) -> None:
     tokens = encode_prompts(texts, tokenizer, args.chat, continues, free)
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
-    cache = choose_cache(args, name, model, tokens)
+    cache: Cache
+    if args.load_cache is not None:
+        cache = load_cache(args.load_cache, name, model)
+        check_settings(cli.given_settings(args), cache.config)
+        check_batch(len(tokens), cache)
+    else:
+        total = tokens.shape[1] + args.max_new_tokens
+        if name == "full":
+            check_length(total, model)
+        cache = cli.make_cache(name, cli.choose_schedule(args, model.config), total)
 
     start = cli.read_clock(device)
     logits = read(model, tokens, cache, args.chunk, progress=True)

@@ -24,7 +24,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from freqkv import FreqKVCache, Operator, Rope, _attend, _check_shapes, lowband
+from freqkv import FreqKVCache, Operator, Rotate, _attend, _check_shapes, lowband
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class LevelsAttention:
         self.config = config
         self.operator = operator
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
         _check_shapes(q, k, v)
         config = self.config
@@ -169,7 +169,7 @@ class LevelsCache(FreqKVCache):
         """Tokens that fit before the next round."""
         return self.config.room(self.tokens_seen)
 
-    def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Rope) -> tuple[int, int]:
+    def _make_room(self, keys: Tensor, values: Tensor, seen: int, rope: Rotate) -> tuple[int, int]:
         config = self.config
         room = config.room(seen)
         used = config.slots(seen)

@@ -483,12 +483,12 @@ def copy_frozen(model: Llama) -> Llama:
 
 def sum_chunk(
     model: Llama, hidden: Tensor, labels: Tensor,
-    teacher: Llama | None, teacher_hidden: Tensor, share: float,
+    teacher: Llama | None, teacher_hidden: Tensor | None, share: float,
 ) -> Tensor:  # fmt: skip
     """Total loss of labels [n] after hidden states [n, E]; see `sum_losses`."""
     predictions = log_softmax(model.logits(hidden))  # [n, V]
     loss = F.nll_loss(predictions, labels, reduction="sum")
-    if teacher is None:
+    if teacher is None or teacher_hidden is None:
         return loss
     target = log_softmax(teacher.logits(teacher_hidden))
     imitation = F.kl_div(predictions, target, reduction="sum", log_target=True)
@@ -512,13 +512,13 @@ def sum_losses(
     The logits [B, T, V] of long rows would take more memory than the model. Those of CHUNK tokens
     live until their loss is known, and are computed again in backward.
     """
-    if teacher_hidden is None:
-        teacher_hidden = hidden.detach()
     labelled = labels != IGNORE
     # Split at once: a slice for each chunk would have a gradient as long as all of them.
     hidden_chunks = torch.split(hidden[labelled], CHUNK)  # [CHUNK, E] each
     label_chunks = torch.split(labels[labelled], CHUNK)
-    teacher_chunks = torch.split(teacher_hidden[labelled], CHUNK)
+    teacher_chunks: Sequence[Tensor | None] = [None] * len(hidden_chunks)
+    if teacher_hidden is not None:
+        teacher_chunks = torch.split(teacher_hidden[labelled], CHUNK)
     chunks = zip(hidden_chunks, label_chunks, teacher_chunks, strict=True)
     losses = []
     for hidden_chunk, label_chunk, teacher_chunk in chunks:

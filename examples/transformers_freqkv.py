@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, Operator, Rope, lowband
+from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig, Operator, Rotate, lowband
 
 # Each is tried in tests/test_examples.py. In others FreqKV may go wrong: where a norm comes after
 # the rotation (hunyuan), or query head h reads another kv head than h // (H / K).
@@ -180,7 +180,7 @@ def attend(
     scaling: float,
     dropout: float,
     form: FreqKVAttention | FreqKVCache,
-    rope: Rope,
+    rope: Rotate,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What the host calls for attention: q [B, H, T, D], k, v [B, K, T, D] to [B, T, H, D]."""

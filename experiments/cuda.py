@@ -10,7 +10,6 @@ that fails does not stop the others. What the pieces print is kept in FOLDER/NAM
 table, which is also in table.txt.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -269,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.quick and args.minutes is not None:
         raise ValueError("--minutes: was given with --quick, must be without")
+    minutes = MINUTES if args.minutes is None else args.minutes
     cli.choose_device(args.device)
     data_files(args.data, "--data")
     data_files(args.texts, "--texts")
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = vars(args).copy()
     del settings["out"]
     keep_settings(folder, settings)
-    failures = run_all(args, plan, folder)
+    failures = run_all(plan, folder, args.device, args.data, args.texts, minutes)
     table = format_results(folder)
     (folder / "table.txt").write_text(table + "\n")
     print(table)
@@ -286,30 +286,37 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{count} failed, as said above; the same command tries them again")
 
 
-def run_all(args: argparse.Namespace, plan: Plan, folder: Path) -> list[str]:
+def run_all(
+    plan: Plan,
+    folder: Path,
+    device: str,
+    data: list[str] | None,
+    texts: list[str] | None,
+    minutes: float,
+) -> list[str]:
     """All pieces, one after another; what is to be said of those that failed."""
+    quick = plan is QUICK
     failures: list[str] = []
     attempt(failures, run_piece, folder, "tests", ["-m", "pytest", "-m", "cuda", "tests"])
-    flags = {"device": args.device, "out": folder / "speed"}
-    if args.quick:
+    flags = {"device": device, "out": folder / "speed"}
+    if quick:
         flags["quick"] = True
-    cases = SPEED[:1] if args.quick else SPEED
+    cases = SPEED[:1] if quick else SPEED
     for case in cases:
         command = make_command(["-m", "experiments.speed", case], flags)
         attempt(failures, run_piece, folder, f"speed-{case}", command)
-    if not args.quick:  # apart: it takes a compiler, which not every machine has
+    if not quick:  # apart: it takes a compiler, which not every machine has
         flags |= {"out": folder / "speed-compiled", "compile": True}
         command = make_command(["-m", "experiments.speed", "decode"], flags)
         attempt(failures, run_piece, folder, "speed-compiled", command)
 
-    minutes = MINUTES if args.minutes is None else args.minutes
-    seconds = 0.0 if args.quick else 60 * minutes
+    seconds = 0.0 if quick else 60 * minutes
     tuned = []
-    about = {"device": args.device, "data": make_absolute(args.data)}
+    about = {"device": device, "data": make_absolute(data)}
     for run in RUNS:
         if attempt(failures, tune, folder, run, plan, about, seconds):
             tuned.append(run)
-    about = {"device": args.device, "data": make_absolute(args.texts)}
+    about = {"device": device, "data": make_absolute(texts)}
     for run in tuned:
         attempt(failures, measure, folder, run, plan, about)
     return failures

@@ -208,7 +208,7 @@ def fill_their_cache(model: Llama, tokens: int) -> Any:
 def make_their_step(twin: Any, cache: Any) -> Step:
     """The model of `transformers`, reading with that cache."""
 
-    # What is called `cache` from version 5 on was `past_key_values` before.
+    # Some versions call `cache` what is `past_key_values` in the others.
     known = inspect.signature(twin.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": 1}
