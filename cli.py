@@ -71,6 +71,11 @@ def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
         with suppress(OSError):  # nobody there to be told
             print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        print(f"{name}: error: out of memory", file=sys.stderr, flush=True)
+        sys.exit(2)
     sys.exit(0)
 
 

@@ -262,7 +262,7 @@ def encode_prompts(
 
 def encode_text(text: str, tokenizer: Tokenizer, continues: bool) -> Tensor:
     """A text as tokens [T], with the token of a beginning unless it continues another."""
-    blocks = []
+    blocks = [torch.empty(0, dtype=torch.long)]
     if tokenizer.bos_id is not None and not continues:
         blocks.append(torch.tensor([tokenizer.bos_id]))
     for ids in tokenizer.encode_blocks(text):  # a list of a whole book would take 40 bytes a token

@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -50,7 +50,7 @@ from data import (
 )
 from freqkv import FreqKVAttention, FreqKVConfig
 from levels import LevelsAttention, LevelsConfig
-from lora import add_lora, find_adapter, load_adapter, merge_lora, save_adapter
+from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import damaged, read_json, write_beside, write_json
@@ -70,6 +70,8 @@ CONFLICTS = [
 ]
 VARIED_PARTS = [1, 2, 4]  # of the window, for --vary: all, a half, a fourth
 VARIED_SHARES = [0, 1 / 8, 1 / 4, 1 / 2]  # of that, left to recent tokens
+STARTING = ".starting"  # a mark in --out of a start that is not yet a run
+STARTED = ["data/tokens.tmp", "data/tokens.bin", "data/tokens.json", "tokenizer/tokenizer.model"]
 LEARNING_RATES = ("constant", "cosine")
 # The defaults of a recipe, where they are others.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -895,10 +897,9 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     """A run at its start, or where it stopped; ValueError or OSError if it cannot be."""
     out = Path(settings.out)
     begun = (out / "config.json").exists()
-    mark = out / ".starting"  # says that what is there is of a start that failed, or was killed
+    mark = out / STARTING
     if mark.exists() and not begun:
-        for name in ("data", "tokenizer"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        clear_start(out)
     if any(out.glob("[!.]*")) and not (begun and resume):
         raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
     device = cli.choose_device(settings.device)
@@ -922,10 +923,15 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
 
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    tokenizer = choose_tokenizer(settings)
-    if tokenizer is not None:
-        tokenizer.check_fits(model.config.vocab_size)
-    data = read_data(settings, tokenizer, model.config.vocab_size, seq_len)
+    try:
+        tokenizer = choose_tokenizer(settings)
+        if tokenizer is not None:
+            tokenizer.check_fits(model.config.vocab_size)
+        data = read_data(settings, tokenizer, model.config.vocab_size, seq_len)
+    except BaseException:
+        if not begun:
+            clear_start(out)
+        raise
     if settings.data_sha256 not in (None, data.sha256):
         raise ValueError("--data: was changed since the run began, must be the same to resume")
 
@@ -944,6 +950,16 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     if begun:
         trainer.resume()
     return trainer, tokenizer
+
+
+def clear_start(out: Path) -> None:
+    """Remove what a start has made that failed or was killed: these files, and no others."""
+    for name in (*STARTED, STARTING):
+        with suppress(OSError):
+            (out / name).unlink()
+    for name in STARTED:
+        with suppress(OSError):  # it is not there, or holds something else
+            (out / name).parent.rmdir()
 
 
 def check_steps(steps: int, checkpoints: Checkpoints) -> None:
@@ -989,11 +1005,11 @@ def train(settings: Settings, resume: bool) -> None:
 
 def merge(model_name: str, adapter: str, folder: Path) -> None:
     """Write a model with an adapter merged into it, in the model's own dtype."""
+    tuned = cli.tuned_settings(model_name, adapter)  # first: they may be damaged
     model = load_model(model_name, adapter=adapter)
     save_model(model, folder, load_tokenizer(model_name))
-    tuned = find_adapter(adapter) / "freqkv.json"
-    if tuned.exists():
-        write_json(folder / "freqkv.json", read_json(tuned))
+    if tuned:
+        write_json(folder / "freqkv.json", tuned)
     print(f"merged; generate with: python generate.py --model {folder}")
 
 

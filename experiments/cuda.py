@@ -11,6 +11,7 @@ table, which is also in table.txt.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -131,14 +132,23 @@ def run_piece(
 def run_to_its_end(command: Sequence[str], out: TextIO) -> int:
     """Run a program in the project's folder; its exit code.
 
-    On Ctrl-C, which the program receives as well, it has time to save what it has.
+    On Ctrl-C, which the program receives as well, and on SIGTERM, which is passed on to it, it has
+    time to save what it has.
     """
     with subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as program:
+
+        def stop(number: int, frame: Any) -> None:
+            program.terminate()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             return program.wait()
         except KeyboardInterrupt:
             program.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def attempt(failures: list[str], work: Callable[..., None], *about: Any) -> bool:

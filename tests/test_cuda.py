@@ -51,18 +51,22 @@ def stop(number, frame):
     open(sys.argv[1], "w").write("saved")
     sys.exit(0)
 signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 time.sleep(60)
 """
 
 
-def test_an_interrupted_piece_has_time_to_save(tmp_path, monkeypatch):
-    """Ctrl-C goes to the script and to its piece; the script waits for the piece."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_piece_has_time_to_save(tmp_path, monkeypatch, name):
+    """Ctrl-C goes to the script and to its piece, SIGTERM to the script, which passes it on."""
 
     def interrupt(program, timeout=None):
         while b"ready" not in (tmp_path / "log").read_bytes():
             time.sleep(0.01)
         monkeypatch.undo()
+        if name == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
         program.send_signal(signal.SIGINT)
         raise KeyboardInterrupt
 

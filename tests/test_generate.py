@@ -334,6 +334,17 @@ def test_a_batch_of_prompts(script):
     assert both.out.split("\n---\n") == [single[0].removesuffix("\n"), single[1]]
 
 
+def test_out_of_memory_is_one_line(outcome, monkeypatch):
+    monkeypatch.setattr(generate, "load_tokenizer", lambda name: torch.empty(1 << 60))
+    ran = outcome(generate, "--prompt", "x", "--device", "cpu")
+    assert (ran.code, ran.err) == (2, "generate.py: error: out of memory\n")
+
+
+def test_no_text_is_no_token(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    assert generate.encode_text("", tokenizer, continues=True).tolist() == []
+
+
 def in_a_process(checkpoint, *flags, stdin=""):
     """Run generate.py as a user does; one thread, which tiny tensors like best."""
     command = [sys.executable, "generate.py", "--model", checkpoint, "--device", "cpu"]

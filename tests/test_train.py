@@ -1100,6 +1100,20 @@ def test_what_is_called_like_a_file_of_a_run_is_not_overwritten(
     assert mine.read_bytes() == b"mine"
 
 
+def test_what_a_killed_start_has_left(checkpoint, text_file, tmp_path, fail, succeed):
+    """Its own files go; whatever else has come there since stays, and is in the way."""
+    for name in (".starting", "data/tokens.tmp", "data/mine.txt", "tokenizer/tokenizer.model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    argv = flags(checkpoint, text_file, tmp_path)
+    assert "was there already" in fail(*argv)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "mine.txt"]
+    (tmp_path / "data/mine.txt").unlink()
+    (tmp_path / "data").rmdir()
+    (tmp_path / ".starting").touch()
+    succeed(*argv)
+
+
 def test_what_a_failed_start_has_made_is_made_anew(tmp_path, succeed, fail):
     """Another size of the tokenizer, and other data, than in the start that failed."""
     content = json.loads((ROOT / "tests/data/meta/hf/config.json").read_text())
@@ -1108,7 +1122,7 @@ def test_what_a_failed_start_has_made_is_made_anew(tmp_path, succeed, fail):
     init = "--init", tmp_path / "config.json", "--tokenizer"
     out = tmp_path / "run"
     assert "tokenizer: was of 500" in fail(*flags(None, ROOT / "dct.py", out, *init, "train:500"))
-    assert (out / "tokenizer/tokenizer.model").exists()
+    assert list(out.iterdir()) == []
     too_long = "--seq-len", 10**6
     error = fail(*flags(None, ROOT / "dct.py", out, *init, "train:400", *too_long))
     assert "must be over --seq-len, 1000000" in error
