@@ -68,15 +68,19 @@ def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
     except BrokenPipeError:
         _redirect_to_nothing(sys.stdout)
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        with suppress(OSError):  # nobody there to be told
-            print(f"{name}: error: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(name, str(error) or "out of memory")
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"{name}: error: out of memory", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(name, "out of memory")
     sys.exit(0)
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    """End a script by one line on stderr."""
+    with suppress(OSError):  # nobody there to be told
+        print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 class UnreadStream:
@@ -338,27 +342,24 @@ def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
         path = folder / "freqkv.json"
         if path.exists():
             settings = read_json(path)
-            try:
-                check_tuned(settings)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            check_tuned(path, settings)
             return settings
     return {}
 
 
-def check_tuned(settings: dict[str, Any]) -> None:
-    """ValueError unless the settings in a freqkv.json are of the types that they must be."""
+def check_tuned(path: Path, settings: dict[str, Any]) -> None:
+    """ValueError unless the settings, out of a freqkv.json, are of the types that they must be."""
     for name, choices in (("attention", CACHES), ("schedule", list(SCHEDULES))):
         value = settings.get(name)
         if value is not None and value not in choices:
-            raise ValueError(f"{name} was {value!r}, must be of {', '.join(choices)}")
+            raise ValueError(f"{path}: {name} was {value!r}, must be of {', '.join(choices)}")
     for name in ("window", "sinks", "recent", "block"):
         value = settings.get(name)
         if value is not None and type(value) is not int:
-            raise ValueError(f"{name} was {value!r}, must be a whole number")
+            raise ValueError(f"{path}: {name} was {value!r}, must be a whole number")
     ratio = settings.get("ratio")
     if ratio is not None and type(ratio) not in (int, float):
-        raise ValueError(f"ratio was {ratio!r}, must be a number")
+        raise ValueError(f"{path}: ratio was {ratio!r}, must be a number")
 
 
 def make_schedule(

@@ -53,7 +53,7 @@ from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
-from weights.files import damaged, read_json, write_beside, write_json
+from weights.files import damaged, read_json, read_json_lines, write_beside, write_json
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -300,7 +300,7 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
 def check_used(given: dict[str, Any]) -> None:
     """ValueError for a flag that the others leave without effect."""
     if "adapter" in given and "merge" in given and "lora" not in given:
-        for name in given.keys() - {"model", "adapter", "merge", "out"}:
+        for name in sorted(given.keys() - {"model", "adapter", "merge", "out"}):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: was given to merge --adapter, must be with --lora as well")
     for name in ("rank", "alpha", "train"):
@@ -836,15 +836,12 @@ def catch_signals() -> Iterator[list[str]]:
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The records of log.jsonl, but for a last one that a kill cut short."""
     path = out / "log.jsonl"
-    if not path.exists():
-        return []
+    records = read_json_lines(path)
     with damaged(path, "a JSON record a line"):
-        lines = path.read_text().split("\n")
-        records = [json.loads(line) for line in lines[:-1]]
         for record in records:
             if "step" not in record:
                 raise ValueError("a record without its step")
-        return records
+    return records
 
 
 def draw_losses(out: Path) -> str:

@@ -24,10 +24,9 @@ TURNS = 4
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="examples.time_transformers", description=__doc__)
-    lengths = [4096, 16384, 65536]
-    parser.add_argument(
-        "lengths", nargs="*", type=cli.integer(64), default=lengths, help="of texts, in tokens"
-    )
+    usual = [4096, 16384, 65536]
+    text = "of texts, in tokens [4096 16384 65536]"
+    parser.add_argument("lengths", nargs="*", type=cli.integer(64), default=usual, help=text)
     lengths = parser.parse_args(argv).lengths
     model = weights.load_model("smollm2")
     host = peers.make_twin(model)

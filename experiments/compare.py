@@ -18,10 +18,9 @@ import cli
 from experiments.report import (
     Record,
     add_legend,
-    check_plots,
+    check_picture,
     draw_curves,
     draw_picture,
-    is_picture,
 )
 
 LENGTH = 8192  # tokens: where perplexity is taken
@@ -98,8 +97,7 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    check_plots()
-    cli.check_target("OUT.png", args.out, is_picture, "a picture in PNG")
+    check_picture("OUT.png", args.out)
     draw_picture(args.out, PICTURES[args.what], dict(args.runs))
 
 

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import cli
 from data import data_files
 from experiments import report
-from weights.files import read_json, write_json
+from weights.files import read_json, read_json_lines, write_json
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
@@ -194,12 +194,8 @@ def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: flo
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The records of a run of train.py, but for a last one that a kill cut short."""
-    path = out / "log.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of a run of train.py."""
+    return read_json_lines(out / "log.jsonl")
 
 
 def has_steps(out: Path, steps: int) -> bool:

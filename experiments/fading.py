@@ -18,11 +18,10 @@ from experiments.operators import average
 from experiments.report import (
     Curve,
     add_legend,
-    check_plots,
+    check_picture,
     draw_curves,
     draw_picture,
     format_table,
-    is_picture,
 )
 from freqkv import FreqKVConfig, Operator, compress, distinct, lowband
 
@@ -97,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="experiments.fading", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the picture [docs/fading.png]")
     args = parser.parse_args(argv)
-    check_plots()
-    cli.check_target("--out", args.out, is_picture, "a picture in PNG")
+    check_picture("--out", args.out)
     curves = {"theory: 1/2 a round": predict_margins()}
     for name, operator in OPERATORS.items():
         curves[name] = measure_margins(operator)

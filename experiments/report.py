@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import cli
 from weights.files import check_writable, write_beside, write_json
 
 Record = dict[str, Any]
@@ -196,6 +197,12 @@ def check_plots() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError("pictures: matplotlib was not found: pip install matplotlib") from None
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """ImportError or ValueError unless a picture can be drawn into the file that a flag names."""
+    check_plots()
+    cli.check_target(flag, path, is_picture, "a picture in PNG")
 
 
 def is_picture(path: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cli
-from experiments.report import check_plots, draw_picture, is_picture
+from experiments.report import check_picture, draw_picture
 from freqkv import FreqKVCache, FreqKVConfig
 
 SCHEDULE = FreqKVConfig(window=64, sinks=4, ratio=0.5)
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="experiments.slots", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the picture [docs/slots.png]")
     args = parser.parse_args(argv)
-    check_plots()
-    cli.check_target("--out", args.out, is_picture, "a picture in PNG")
+    check_picture("--out", args.out)
     draw_picture(args.out, draw_slots)
 
 

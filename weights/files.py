@@ -39,6 +39,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The records of a file of JSON lines, but for a last one that a kill cut short.
+
+    None of a file that is not there; ValueError names one that is damaged.
+    """
+    if not path.exists():
+        return []
+    with damaged(path, "a JSON record a line"):
+        lines = path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
 def whole_number(content: dict[str, Any], name: str, default: int | None = None) -> int:
     """A whole number above 0 out of a configuration; `default`, if any, for none or null."""
     value = content.get(name)
