@@ -40,13 +40,13 @@ Cache = FreqKVCache | FullCache
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that leaves a description as it is written, and makes an error one line."""
+    """argparse that leaves a description as it is written, and whose errors are ValueErrors."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise ValueError(message)
 
 
 def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
@@ -182,6 +182,15 @@ def several(parse: Callable[[str], Any], repeats: bool = False) -> Callable[[str
 
 
 # Files to write
+
+
+def make_folder(flag: str, path: Path) -> None:
+    """Make a folder, if it is not there; OSError, which names the flag, where it cannot be used."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag}: {path}: {error.strerror}, must be a folder, or new") from None
+    check_writable(path / "file")
 
 
 def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], kind: str) -> None:
@@ -320,7 +329,7 @@ def choose_cache_name(args: Namespace) -> str:
     """The name of the cache: as the flag says, or as the model was tuned, or the paper's."""
     if args.cache is not None:
         return args.cache
-    return tuned_settings(args.model, args.adapter).get("attention") or "freqkv"
+    return tuned_settings(args.model, args.adapter).get("attention", "freqkv")
 
 
 def given_settings(args: Namespace) -> dict[str, Any]:
@@ -348,18 +357,18 @@ def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
 
 
 def check_tuned(path: Path, settings: dict[str, Any]) -> None:
-    """ValueError unless the settings, out of a freqkv.json, are of the types that they must be."""
+    """ValueError unless the settings, out of a freqkv.json, are such as train.py writes."""
     for name, choices in (("attention", CACHES), ("schedule", list(SCHEDULES))):
-        value = settings.get(name)
-        if value is not None and value not in choices:
-            raise ValueError(f"{path}: {name} was {value!r}, must be of {', '.join(choices)}")
+        if name in settings and settings[name] not in choices:
+            must = ", ".join(choices)
+            raise ValueError(f"{path}: {name} was {settings[name]!r}, must be of {must}")
     for name in ("window", "sinks", "recent", "block"):
-        value = settings.get(name)
-        if value is not None and type(value) is not int:
-            raise ValueError(f"{path}: {name} was {value!r}, must be a whole number")
-    ratio = settings.get("ratio")
-    if ratio is not None and type(ratio) not in (int, float):
-        raise ValueError(f"{path}: ratio was {ratio!r}, must be a number")
+        value = settings.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{path}: {name} was {value!r}, must be a whole number, 0 or more")
+    ratio = settings.get("ratio", 0.0)
+    if type(ratio) not in (int, float) or not 0 <= ratio < 1:
+        raise ValueError(f"{path}: ratio was {ratio!r}, must be a number, 0 or more, below 1")
 
 
 def make_schedule(

@@ -444,6 +444,8 @@ class FreqKVCache:
             numbers = state[cls.config_name].tolist()
             settings = [int(x) if x.is_integer() else x for x in numbers]  # saved as float64
             config = cls.config_type(*settings)
+            if len(settings) != len(astuple(config)):
+                raise ValueError(f"were {len(settings)}, must be {len(astuple(config))}")
             tokens = int(state["tokens"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"saved cache: its settings were wrong ({error})") from None

@@ -31,7 +31,7 @@ from freqkv import FreqKVCache, lowband
 from levels import LevelsCache, LevelsConfig
 from model import Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
-from weights.files import decode_text, read_text, write_beside
+from weights.files import decode_text, name_file, read_text, write_beside
 
 Step = Callable[[Tensor], Tensor]
 
@@ -200,11 +200,13 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
     saved = about.get("cache")
     if saved not in cli.OPERATORS or name not in (None, saved):
         raise ValueError(f"{path}: was of --cache {saved}, must be of {name or 'a known one'}")
+    for layer in range(model.config.num_hidden_layers):
+        for key in (f"k.{layer}", f"v.{layer}"):
+            if key not in state or state[key].dtype != model.norm.weight.dtype:
+                raise ValueError(f"{path}: {key} was missing, or of another dtype than the model")
     kind = LevelsCache if LevelsCache.config_name in state else FreqKVCache
-    try:
+    with name_file(path):
         return kind.from_state(state, cli.OPERATORS[saved])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def is_saved_cache(path: Path) -> bool:

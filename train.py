@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -53,7 +53,15 @@ from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
-from weights.files import damaged, read_json, read_json_lines, write_beside, write_json
+from weights.files import (
+    check_writable,
+    damaged,
+    name_file,
+    read_json,
+    read_json_lines,
+    write_beside,
+    write_json,
+)
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -174,7 +182,7 @@ def make_parser() -> cli.Parser:
     add("--init", type=path, help=text)
     text = "a name or a path, or train:SIZE to make one (with --init) [the model's own]"
     add("--tokenizer", type=path, help=text)
-    text = "LoRA to train on (with --lora), else to merge into the model first"
+    text = "LoRA to train on (with --lora), in its own slots; else to merge into the model first"
     add("--adapter", type=path, help=text)
 
     add = parser.add_argument_group("data").add_argument
@@ -281,9 +289,9 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
     resume: where the run has begun, its own settings. ValueError for one that it cannot change, or
     that would be of no effect.
     """
-    check_used(given)
-    values = add_defaults(given)
-    path = Path(values["out"]) / "config.json"
+    recipe = choose_recipe(given)
+    out = given.get("out") or name_folder(given, recipe)
+    path = Path(out) / "config.json"
     merge = None
     if resume and path.exists():
         saved = read_settings(path)
@@ -291,44 +299,95 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
         settings = replace(saved, **given)
         merge = saved.merge  # which it may have written already
     else:
-        settings = Settings(**values)
-    if settings.merge and settings.merge != merge and Path(settings.merge).exists():
-        raise FileExistsError(f"--merge: {settings.merge} was there already, must be new")
+        defaults = {"out": out} | RECIPES.get(recipe, {})
+        settings = Settings(**(defaults | given))
+        settings = replace(settings, **tuned_slots(settings, given))
+    check_used(given, settings, resume)
+    if settings.merge and settings.merge != merge:
+        check_new(Path(settings.merge))
     return settings
 
 
-def check_used(given: dict[str, Any]) -> None:
+def choose_recipe(given: dict[str, Any]) -> str:
+    """What is trained: the name in RECIPES of other defaults, or "full"."""
+    for recipe in ("init", "lora"):
+        if recipe in given:
+            return recipe
+    return "full"
+
+
+def name_folder(given: dict[str, Any], recipe: str) -> str:
+    """The folder of a run that is given none."""
+    start = Path(given.get("model", Settings.model)).resolve()
+    if "init" in given:
+        start = Path(given["init"]).resolve().parent
+    ending = "-sft" if "sft" in given else ""
+    return f"runs/{start.name.removesuffix('.gguf')}-{recipe}{ending}"
+
+
+def tuned_slots(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """The attention and the slots of the adapter that a run goes on from, where no flag gives them.
+
+    Of another schedule than the flags ask for, the window and the sinks alone.
+    """
+    if not settings.adapter:
+        return {}
+    tuned = cli.tuned_settings(settings.model, settings.adapter)
+    names = ["attention", *cli.SETTINGS]
+    if given.get("schedule") not in (None, tuned.get("schedule", "paper")):
+        names = ["attention", "window", "sinks"]
+    return {name: tuned[name] for name in names if name in tuned and name not in given}
+
+
+def check_new(folder: Path) -> None:
+    """OSError unless a merged model can be written to a folder, which must be new."""
+    if folder.exists():
+        raise FileExistsError(f"--merge: {folder} was there already, must be new")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(
+            f"--merge: was {folder}, must be in a folder, which {parent} isn't"
+        )
+    check_writable(parent / "file")
+
+
+def check_used(given: dict[str, Any], settings: Settings, resume: bool) -> None:
     """ValueError for a flag that the others leave without effect."""
-    if "adapter" in given and "merge" in given and "lora" not in given:
-        for name in sorted(given.keys() - {"model", "adapter", "merge", "out"}):
-            flag = name.replace("_", "-")
+    if merges_at_once(settings):
+        unused = given.keys() - {"model", "adapter", "merge"}
+        if resume:
+            unused |= {"resume"}
+        for name in sorted(unused):
+            flag = as_flag(name)
             raise ValueError(f"--{flag}: was given to merge --adapter, must be with --lora as well")
     for name in ("rank", "alpha", "train"):
-        if name in given and "adapter" in given:
+        if name in given and settings.adapter:
             raise ValueError(f"--{name}: was given with --adapter, must be as the adapter has it")
-    if "vary" in given and given.get("attention") == "full":
+        if name in given and not settings.lora:
+            raise ValueError(f"--{name}: was given without --lora, must be with it")
+    if settings.vary and settings.attention == "full":
         raise ValueError("--vary: was given with --attention full, must be with slots to vary")
+    if settings.init and "model" in given:
+        raise ValueError("--model: was given with --init, must be without")
+    if (settings.tokenizer or "").startswith("train:") and not settings.init:
+        raise ValueError(f"--tokenizer: was {settings.tokenizer}, must be with --init")
 
 
-def add_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, with the defaults of their recipe, and a folder for the run."""
-    recipe = "full"
-    start = Path(given.get("model", Settings.model))
-    if "lora" in given:
-        recipe = "lora"
-    if "init" in given:
-        recipe = "init"
-        start = Path(given["init"]).resolve().parent
-    name = start.resolve().name.removesuffix(".gguf")
-    ending = "-sft" if "sft" in given else ""
-    values = {"out": f"runs/{name}-{recipe}{ending}"}
-    return values | RECIPES.get(recipe, {}) | given
+def merges_at_once(settings: Settings) -> bool:
+    """Whether there is nothing to train, only an adapter to merge."""
+    return bool(settings.merge and settings.adapter and not settings.lora)
+
+
+def as_flag(name: str) -> str:
+    """The name of a setting as the command line has it, without its dashes in front."""
+    return name.replace("_", "-")
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings in the config.json of a run; ValueError where one is missing or mistyped."""
+    """The settings in the config.json of a run; ValueError where one is missing or wrong."""
     content = read_json(path)
     values = {}
+    flags = []
     for field in fields(Settings):
         if field.name not in content:
             raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
@@ -336,7 +395,11 @@ def read_settings(path: Path) -> Settings:
         if not has_type(value, field.type):
             raise ValueError(f"{path}: {field.name} was {value!r}, must be of a run of train.py")
         values[field.name] = value
-    return Settings(**values)
+        if type(value) in (int, float, str) and field.name != "data_sha256":
+            flags.append(f"--{as_flag(field.name)}={value}")
+    with name_file(path):
+        make_parser().parse_args(flags)  # each must be what its flag takes
+        return Settings(**values)
 
 
 def has_type(value: Any, wanted: Any) -> bool:
@@ -345,6 +408,8 @@ def has_type(value: Any, wanted: Any) -> bool:
         if value is None:
             return True
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if isinstance(value, bool):  # which Python takes for a whole number
+        return wanted is bool
     if wanted in (float, float | None):
         wanted |= int
     return isinstance(value, wanted)
@@ -358,7 +423,7 @@ def check_same(given: dict[str, Any], saved: Settings) -> None:
         # With a cosine, the rate of every step depends on the number of steps.
         free = name in FREE and not (name == "steps" and saved.lr_schedule == "cosine")
         if value != must and not free:
-            flag = name.replace("_", "-")
+            flag = as_flag(name)
             if must is None or must is False:
                 changes.append(f"--{flag}: was given, must be without")
             else:
@@ -459,6 +524,8 @@ def read_data(settings: Settings, tokenizer: Tokenizer | None, vocab: int, seq_l
         files = data_files(settings.data)
     if any(file.suffix == ".bin" for file in files):
         return read_bins(files, settings.bin_dtype, vocab, seq_len, share)
+    if settings.bin_dtype:
+        raise ValueError(f"--bin-dtype: was {settings.bin_dtype}, must be with .bin files alone")
     if tokenizer is None:
         raise ValueError("--tokenizer: was not given with --init, must be a path or train:SIZE")
     if settings.sft:
@@ -618,13 +685,24 @@ class Checkpoints:
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """What `save` was given: weights, state and record; ValueError unless they are whole."""
         folder = self.path(step)
-        with damaged(folder, "whole, or removed, to go on from the one before"):
+        with self.damaged(step):
+            for name in ("weights.safetensors", "state.pt", "record.json"):
+                if not (folder / name).is_file():
+                    raise ValueError(f"without {name}")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             record = read_json(folder / "record.json")
             missing = {"optimizer", "step", "best"} - {*state, *record}
             if missing:
                 raise ValueError(f"without {min(missing)}")
+            if record["step"] != step:
+                raise ValueError(f"of step {record['step']}")
+            if not all(type(value) in (int, float) for value in record["best"].values()):
+                raise ValueError(f"best {record['best']}")
             return load_file(folder / "weights.safetensors"), state, record
+
+    def damaged(self, step: int) -> AbstractContextManager[None]:
+        """Whatever a checkpoint raises that is not what was saved is an error that names it."""
+        return damaged(self.path(step), "whole, or removed, to go on from the one before")
 
     def prune(self, keep: int, best: int | None) -> None:
         """Remove all but the last `keep`, and the best."""
@@ -788,7 +866,8 @@ class Trainer:
                 raise ValueError(f"{path}: was of another model, must be of {self.settings.model}")
             for name, parameter in self.trained.items():
                 parameter.data.copy_(weights[name])
-            self.optimizer.load_state_dict(state["optimizer"])
+            with self.checkpoints.damaged(steps[-1]):
+                self.optimizer.load_state_dict(state["optimizer"])
             self.step = record["step"]
             self.best = record["best"]
         lines = ""
@@ -839,8 +918,8 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     records = read_json_lines(path)
     with damaged(path, "a JSON record a line"):
         for record in records:
-            if "step" not in record:
-                raise ValueError("a record without its step")
+            if type(record["step"]) is not int:
+                raise ValueError(f"step {record['step']!r}")
     return records
 
 
@@ -894,8 +973,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     """A run at its start, or where it stopped; ValueError or OSError if it cannot be."""
     out = Path(settings.out)
     begun = (out / "config.json").exists()
-    mark = out / STARTING
-    if mark.exists() and not begun:
+    if (out / STARTING).exists() and not begun:
         clear_start(out)
     if any(out.glob("[!.]*")) and not (begun and resume):
         raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
@@ -917,36 +995,43 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
 
     if begun:
         check_steps(settings.steps, Checkpoints(out / "checkpoints"))
-
-    out.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    try:
+    cli.make_folder("--out", out)
+    with starting(out):
         tokenizer = choose_tokenizer(settings)
         if tokenizer is not None:
             tokenizer.check_fits(model.config.vocab_size)
         data = read_data(settings, tokenizer, model.config.vocab_size, seq_len)
-    except BaseException:
-        if not begun:
-            clear_start(out)
-        raise
-    if settings.data_sha256 not in (None, data.sha256):
-        raise ValueError("--data: was changed since the run began, must be the same to resume")
-
-    settings = replace(
-        settings,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        **asdict(schedule),
-        seq_len=seq_len,
-        data_sha256=data.sha256,
-    )
-    # First: with it, whatever follows can be resumed.
-    write_json(out / "config.json", asdict(settings))
-    mark.unlink()
+        if settings.data_sha256 not in (None, data.sha256):
+            flag = "--sft" if settings.sft else "--data"
+            raise ValueError(f"{flag}: was changed since the run began, must be the same to resume")
+        settings = replace(
+            settings,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            **asdict(schedule),
+            seq_len=seq_len,
+            data_sha256=data.sha256,
+        )
+        # With it, whatever follows can be resumed.
+        write_json(out / "config.json", asdict(settings))
     trainer = Trainer(settings, model, schedule, data)
     if begun:
         trainer.resume()
     return trainer, tokenizer
+
+
+@contextmanager
+def starting(out: Path) -> Iterator[None]:
+    """Mark a folder until it holds the config.json of a run; if it never does, clear it."""
+    mark = out / STARTING
+    mark.touch()
+    try:
+        yield
+    finally:
+        if (out / "config.json").exists():
+            mark.unlink()
+        else:
+            clear_start(out)
 
 
 def clear_start(out: Path) -> None:
@@ -1014,7 +1099,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = vars(make_parser().parse_args(argv))
     resume = given.pop("resume", False)
     settings = choose_settings(given, resume)
-    if settings.merge and settings.adapter and not settings.lora:
+    if merges_at_once(settings):
         merge(settings.model, settings.adapter, Path(settings.merge))
     else:
         train(settings, resume)

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="examples.time_transformers", description=__doc__)
     usual = [4096, 16384, 65536]
     text = "of texts, in tokens [4096 16384 65536]"
-    parser.add_argument("lengths", nargs="*", type=cli.integer(64), default=usual, help=text)
+    parser.add_argument(
+        "lengths", nargs="*", type=cli.integer(64, 1 << 24), default=usual, help=text
+    )
     lengths = parser.parse_args(argv).lengths
     model = weights.load_model("smollm2")
     host = peers.make_twin(model)

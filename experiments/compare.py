@@ -9,27 +9,47 @@ by-position: the loss by place in the text, above that of the first folder.
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import cli
 from experiments.report import (
-    Record,
     add_legend,
     check_picture,
     draw_curves,
     draw_picture,
+    read_results,
 )
+from weights.files import name_file
 
 LENGTH = 8192  # tokens: where perplexity is taken
 WINDOW = 2048  # tokens: what recall is within, or past
 
 
-def read_records(folder: Path, name: str) -> list[Record]:
-    """The records that a measurement has left in a folder."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+def read_perplexity(folder: Path) -> float:
+    """The perplexity of a run at LENGTH tokens; ValueError where it was not measured there."""
+    with name_file(folder):
+        for record in read_results(folder, "perplexity"):
+            if record["length"] == LENGTH:
+                return record["perplexity"]
+        raise ValueError(f"perplexity was measured without --lengths {LENGTH}, must be with it")
+
+
+def read_gains(folder: Path) -> tuple[float, float]:
+    """The nats that a fact takes off the loss of the answer, told within the window, and before.
+
+    ValueError where a run was not measured so.
+    """
+    gains: dict[bool, list[float]] = {True: [], False: []}
+    with name_file(folder):
+        for record in read_results(folder, "recall"):
+            if record["loss_absent"] is None:
+                raise ValueError("recall was measured with --planted-only, must be without")
+            gains[record["distance"] < WINDOW].append(record["loss_absent"] - record["loss"])
+        if not gains[True] or not gains[False]:
+            raise ValueError(f"recall must be measured at --distances below and above {WINDOW}")
+    return fmean(gains[True]), fmean(gains[False])
 
 
 def draw_frontier(figure: Any, folders: dict[str, Path]) -> None:
@@ -37,15 +57,10 @@ def draw_frontier(figure: Any, folders: dict[str, Path]) -> None:
     within = {}
     past = {}
     for name, folder in folders.items():
-        records = read_records(folder, "perplexity")
-        height = next(r["perplexity"] for r in records if r["length"] == LENGTH)
-        gains: dict[bool, list[float]] = {True: [], False: []}
-        for record in read_records(folder, "recall"):
-            if record["loss_absent"] is None:
-                raise ValueError(f"{folder}: was measured with --planted-only, must be without")
-            gains[record["distance"] < WINDOW].append(record["loss_absent"] - record["loss"])
-        within[name] = ([fmean(gains[True])], [height])
-        past[name] = ([fmean(gains[False])], [height])
+        height = read_perplexity(folder)
+        gain_within, gain_past = read_gains(folder)
+        within[name] = ([gain_within], [height])
+        past[name] = ([gain_past], [height])
     figure.set_size_inches(9, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, points, where in ((left, within, "within"), (right, past, "past")):
@@ -59,15 +74,22 @@ def draw_frontier(figure: Any, folders: dict[str, Path]) -> None:
 
 def draw_positions(figure: Any, folders: dict[str, Path]) -> None:
     """The loss by place in the text, above that of the first run, a curve for each other one."""
-    first = next(iter(folders))
-    base = read_records(folders[first], "perplexity_by_position")
-    middle = [(point["tokens_from"] + point["tokens_to"]) / 2 for point in base]
+    first, *others = folders
+    if not others:
+        raise ValueError("NAME=FOLDER: was one, must be two or more, to draw by position")
+    base = read_results(folders[first], "perplexity_by_position")
     curves = {}
-    for name, folder in folders.items():
-        points = read_records(folder, "perplexity_by_position")
-        pairs = zip(points, base, strict=True)
-        curves[name] = (middle, [point["loss"] - other["loss"] for point, other in pairs])
-    del curves[first]
+    for name in others:
+        points = read_results(folders[name], "perplexity_by_position")
+        with name_file(folders[name]):
+            if len(points) != len(base):
+                raise ValueError(f"was of other lengths, must be of those of {folders[first]}")
+            places = []
+            losses = []
+            for point, other in zip(points, base, strict=True):
+                places.append((point["tokens_from"] + point["tokens_to"]) / 2)
+                losses.append(point["loss"] - other["loss"])
+        curves[name] = (places, losses)
     axes = figure.subplots()
     draw_curves(axes, curves)
     axes.set(xlabel="place in the text (tokens)", ylabel=f"above {first} (nats a token)")
@@ -80,7 +102,7 @@ PICTURES = {"frontier": draw_frontier, "by-position": draw_positions}
 def parse_run(text: str) -> tuple[str, Path]:
     """The type of a flag that takes NAME=FOLDER."""
     name, sign, folder = text.partition("=")
-    if not sign or not Path(folder).is_dir():
+    if not name or not sign or not folder or not Path(folder).is_dir():
         raise argparse.ArgumentTypeError(f"was {text!r}, must be NAME=FOLDER, of results")
     return name, Path(folder)
 
@@ -98,7 +120,10 @@ def make_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check_picture("OUT.png", args.out)
-    draw_picture(args.out, PICTURES[args.what], dict(args.runs))
+    folders = dict(args.runs)
+    if len(folders) < len(args.runs):
+        raise ValueError("NAME=FOLDER: had a name twice, must be another for each")
+    draw_picture(args.out, PICTURES[args.what], folders)
 
 
 if __name__ == "__main__":

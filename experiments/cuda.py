@@ -10,7 +10,6 @@ that fails does not stop the others. What the pieces print is kept in FOLDER/NAM
 table, which is also in table.txt.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from typing import Any, TextIO
 import cli
 from data import data_files
 from experiments import report
-from weights.files import read_json, read_json_lines, write_json
+from train import read_log
+from weights.files import damaged, name_file, read_json, write_beside, write_json
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
@@ -187,15 +187,11 @@ def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: flo
     steps = max(int(seconds / median(times)), plan.first_steps + 1)
     steps_file = folder / f"{run.name}.steps"  # kept: it goes on to the same number of steps
     if not steps_file.exists():
-        steps_file.write_text(str(steps))
-    steps = int(steps_file.read_text())
+        write_beside(steps_file, lambda to: to.write_text(str(steps)))
+    with damaged(steps_file, "a whole number, or removed"):
+        steps = int(steps_file.read_text())
     whole = make_command(["train.py"], flags | {"steps": steps})
     run_piece(folder, f"{run.name}-tuned", whole, partial(has_steps, out, steps))
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """The records of a run of train.py."""
-    return read_json_lines(out / "log.jsonl")
 
 
 def has_steps(out: Path, steps: int) -> bool:
@@ -230,20 +226,26 @@ def format_results(folder: Path) -> str:
             continue
         head = [""]
         row = [run.name]
-        for record in json.loads((results / "perplexity.json").read_text()):
-            head.append(f"{record['length']:,}")
-            row.append(f"{record['perplexity']:.2f}")
-        for record in json.loads((results / "recall.json").read_text()):
-            head.append(f"told {record['distance']:,} ago")
-            row.append(f"{record['accuracy']:.0%}")
+        with name_file(results):
+            for record in report.read_results(results, "perplexity"):
+                head.append(f"{record['length']:,}")
+                row.append(f"{record['perplexity']:.2f}")
+            for record in report.read_results(results, "recall"):
+                head.append(f"told {record['distance']:,} ago")
+                row.append(f"{record['accuracy']:.0%}")
         rows.append(row)
     return report.format_table(head, rows)
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what the pieces in a folder are made with; ValueError where that was another."""
+    """Write down what the pieces in a folder are made with; ValueError where that was another.
+
+    FileExistsError where the folder is one of something else.
+    """
     path = folder / "cuda.settings.json"
     if not path.exists():
+        if any(folder.iterdir()):
+            raise FileExistsError(f"--out: {folder} was there already, must be new, or one of cuda")
         write_json(path, settings)
         return
     for name, value in read_json(path).items():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import cli
 from data import data_files
 from weights import Tokenizer, load_tokenizer
-from weights.files import read_text, write_beside
+from weights.files import check_writable, read_text, write_beside
 
 Random = np.random.Generator
 Part = tuple[str, bool]  # text, and whether it is learnt
@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         raise FileExistsError(f"--out: {args.out} was there already, must be new")
     if not args.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: was {args.out}, must be a file in an existing folder")
+    check_writable(args.out)
     tokenizer = load_tokenizer(args.model)
     books = [split_paragraphs(read_text(file)) for file in data_files(args.data)]
     sizes = np.array([len(book) for book in books])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import cli
-from weights.files import check_writable, write_beside, write_json
+from weights.files import damaged, read_text, write_beside, write_json
 
 Record = dict[str, Any]
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -47,11 +47,7 @@ def open_folder(out: Path | None, name: str, model: str) -> Path:
     if out is None:
         stem = Path(model).resolve().name.removesuffix(".gguf")
         out = Path("runs") / f"{name}-{stem}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--out: {out}: {error.strerror}, must be a folder, or new") from None
-    check_writable(out / "settings.json")
+    cli.make_folder("--out", out)
     return out
 
 
@@ -116,6 +112,14 @@ def write_results(
     }
     write_json(folder / f"{name}.settings.json", about)
     print(f"{folder / name}.json, .csv and .settings.json")
+
+
+def read_results(folder: Path, name: str) -> list[Record]:
+    """The records that `write_results` has written; OSError or ValueError names the file."""
+    path = folder / f"{name}.json"
+    text = read_text(path)
+    with damaged(path, f"what experiments.{name} has written"):
+        return json.loads(text)
 
 
 def format_csv(records: Sequence[Record]) -> str:

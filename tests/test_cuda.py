@@ -110,6 +110,21 @@ def test_steps_fill_the_time(tmp_path, monkeypatch):
     assert ran[2:] == ["3", "50"]
 
 
+def test_a_damaged_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "run_piece", lambda *about: None)
+    monkeypatch.setattr(cuda, "read_log", lambda out: [{"step": 1, "seconds": 1.0}])
+    (tmp_path / "x.steps").write_text("")
+    with pytest.raises(ValueError, match=r"x\.steps: was damaged .* or removed"):
+        cuda.tune(tmp_path, cuda.Run("x", "freqkv"), cuda.FULL, {}, seconds=100)
+
+
+def test_a_folder_of_something_else(outcome, tmp_path):
+    (tmp_path / "tests.log").write_text("mine")
+    ran = outcome(cuda, "--quick", "--device", "cpu", "--out", tmp_path)
+    assert (ran.code, "was there already, must be new, or one of cuda" in ran.err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tests.log"]
+
+
 @pytest.mark.slow
 def test_all_pieces(tmp_path, outcome, monkeypatch):
     [run] = [run for run in cuda.RUNS if run.name == "freqkv-recent"]

@@ -589,14 +589,51 @@ def test_runs_are_compared(tmp_path, figure, outcome):
     assert axes.lines[0].get_xdata().tolist() == [2, 4]
     assert axes.lines[0].get_ydata() == pytest.approx([10, 10 / 3])
     assert "above one" in axes.get_ylabel()
-    ran = outcome(compare, "by-position", tmp_path / "x.png", f"one={tmp_path / 'a'}")
-    assert ran.code == 0
+    runs = [f"{name}={folder}" for name, folder in folders.items()]
+    for what in ("frontier", "by-position"):
+        assert outcome(compare, what, tmp_path / "x.png", *runs).code == 0
     (tmp_path / "mine.txt").write_text("mine")
     ran = outcome(compare, "by-position", tmp_path / "mine.txt", f"one={tmp_path / 'a'}")
     assert (ran.code, "must be new, or a picture in PNG" in ran.err) == (2, True)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     ran = outcome(compare, "frontier", tmp_path / "x.png", "one=nowhere")
     assert (ran.code, "was 'one=nowhere', must be NAME=FOLDER" in ran.err) == (2, True)
+    ran = outcome(compare, "frontier", tmp_path / "x.png", runs[0], runs[0])
+    assert (ran.code, "NAME=FOLDER: had a name twice" in ran.err) == (2, True)
+    ran = outcome(compare, "by-position", tmp_path / "x.png", runs[0])
+    assert (ran.code, "NAME=FOLDER: was one, must be two or more" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "content", "message"),
+    [
+        ("frontier", "perplexity", [{"length": 4096, "perplexity": 1.0}], "without --lengths 8192"),
+        ("frontier", "perplexity", [5], "a: "),
+        ("frontier", "recall", [{"distance": 1, "loss": 1.0, "loss_absent": 2.0}], "below and abo"),
+        ("frontier", "recall", [{"distance": 1, "loss": 1.0}], "a: 'loss_absent' was missing"),
+        ("frontier", "recall", None, "recall.json: cannot be read (No such file or directory)"),
+        ("by-position", "perplexity_by_position", [], "a: was of other lengths"),
+    ],
+)
+def test_runs_that_cannot_be_compared(tmp_path, outcome, what, name, content, message):
+    whole = {
+        "perplexity": [{"length": 8192, "perplexity": 1.0}],
+        "recall": [{"distance": x, "loss": 1.0, "loss_absent": 2.0} for x in (1, 9999)],
+        "perplexity_by_position": [{"tokens_from": 1, "tokens_to": 3, "loss": 1.0}],
+    }
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for measured, records in whole.items():
+            (tmp_path / folder / f"{measured}.json").write_text(json.dumps(records))
+    file = tmp_path / "a" / f"{name}.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(json.dumps(content))
+    ran = outcome(compare, what, tmp_path / "x.png", f"b={tmp_path / 'b'}", f"a={tmp_path / 'a'}")
+    assert ran.code == 2
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
 
 
 # The command line
@@ -634,7 +671,7 @@ def test_help_names_every_flag(name, outcome):
 def test_bad_strategies(text, says, outcome):
     ran = outcome(import_module("experiments.recall"), "--strategies", text)
     assert ran.code == 2
-    assert ran.err == f"experiments.recall: error: argument --strategies: {says}\n"
+    assert ran.err == f"experiments.recall.py: error: argument --strategies: {says}\n"
 
 
 def test_commands_of_the_pages_parse():

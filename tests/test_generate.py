@@ -179,6 +179,21 @@ def test_summary_and_streams(script):
     assert "tokens" not in ran.out
 
 
+def continue_both(checkpoint, attend):
+    """What the parallel form writes after the story and a question: twelve tokens, or to an end."""
+    model = load_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    text = tokenizer.encode(STORY) + tokenizer.encode("Q: why?", bos=False)
+    made = []
+    for _ in range(12):
+        with torch.no_grad():
+            token = model(torch.tensor([text + made]), attend)[0, -1].argmax().item()
+        if token in tokenizer.eos_ids:
+            break
+        made.append(token)
+    return "".join(tokenizer.stream(iter(made), text))
+
+
 @pytest.mark.parametrize("cache", ["freqkv", "distinct", "window"])
 def test_a_saved_cache_continues_the_text(script, checkpoint, tmp_path, cache):
     """What is written after --load-cache is what the parallel form continues both texts with."""
@@ -190,14 +205,8 @@ def test_a_saved_cache_continues_the_text(script, checkpoint, tmp_path, cache):
     assert asked.code == 0
     assert file.read_bytes() == before
 
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    text = tokenizer.encode(STORY) + tokenizer.encode("Q: why?", bos=False)
-    attend, made = FreqKVAttention(FreqKVConfig(window=32), OPERATORS[cache]), []
-    for _ in range(12):
-        with torch.no_grad():
-            token = model(torch.tensor([text + made]), attend)[0, -1].argmax().item()
-        made.append(token)
-    assert asked.out == "".join(tokenizer.stream(iter(made), text)) + "\n"
+    attend = FreqKVAttention(FreqKVConfig(window=32), OPERATORS[cache])
+    assert asked.out == continue_both(checkpoint, attend) + "\n"
     assert "of 32 slots" in asked.err
 
 
@@ -213,14 +222,8 @@ def test_a_text_is_read_and_saved_on_levels(script, checkpoint, tmp_path):
     asked = script("--prompt", "Q: why?", "--load-cache", file, "--temperature", "0")
     assert asked.code == 0, asked.err
 
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    text = tokenizer.encode(STORY) + tokenizer.encode("Q: why?", bos=False)
-    attend, made = LevelsAttention(LevelsConfig(32, 4, 8, 2), OPERATORS["distinct"]), []
-    for _ in range(12):
-        with torch.no_grad():
-            token = model(torch.tensor([text + made]), attend)[0, -1].argmax().item()
-        made.append(token)
-    assert asked.out == "".join(tokenizer.stream(iter(made), text)) + "\n"
+    attend = LevelsAttention(LevelsConfig(32, 4, 8, 2), OPERATORS["distinct"])
+    assert asked.out == continue_both(checkpoint, attend) + "\n"
     ask = ("--prompt", "why?", "--load-cache", file)
     fails(script(*ask, "--schedule", "paper"), "--schedule: was paper, must be levels, as the sav")
     fails(script(*ask, "--block", "3"), "--block: was 3, must be 2, as the saved cache has it")
@@ -258,7 +261,8 @@ def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeyp
 
     monkeypatch.setattr(generate.cli, "make_cache", note)
     for tuned in ("distinct", "window", "full", None):
-        (tmp_path / "tuned/freqkv.json").write_text(json.dumps({"attention": tuned}))
+        settings = {} if tuned is None else {"attention": tuned}
+        (tmp_path / "tuned/freqkv.json").write_text(json.dumps(settings))
         flags = ["--model", str(tmp_path / "tuned"), "--prompt", "a", "--max-new-tokens", "1"]
         generate.main([*flags, "--device", "cpu"])
         generate.main([*flags, "--device", "cpu", "--cache", "freqkv"])
@@ -279,6 +283,9 @@ def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeyp
         ({"schedule": "levels", "window": 64.0}, "window was 64.0, must be a whole number"),
         ({"recent": True}, "recent was True, must be a whole number"),
         ({"ratio": "half"}, "ratio was 'half', must be a number"),
+        ({"ratio": 5}, "ratio was 5, must be a number, 0 or more, below 1"),
+        ({"sinks": -1}, "sinks was -1, must be a whole number, 0 or more"),
+        ({"schedule": None}, "schedule was None, must be of paper, levels"),
     ],
 )
 def test_tuned_settings_that_cannot_be(checkpoint, tmp_path, outcome, settings, message):
@@ -513,10 +520,14 @@ def test_bad_saved_caches(script, checkpoint, tmp_path):
     with safe_open(file, framework="pt") as content:
         about = content.metadata()
     state = load_file(file)
-    for name, value in (("config", torch.ones(3)), ("layers", torch.ones(2)), ("v.1", None)):
+    for name, value in (("config", torch.ones(3)), ("layers", torch.ones(2)), ("tokens", None)):
         spoilt = {k: v for k, v in state.items() if k != name}
         save_file(spoilt | ({} if value is None else {name: value}), file, metadata=about)
         fails(script(*ask), "book: saved cache: ")
+    save_file(state | {"k.0": state["k.0"].double()}, file, metadata=about)
+    fails(script(*ask), "book: k.0 was missing, or of another dtype than the model")
+    save_file({k: v for k, v in state.items() if k not in ("k.1", "v.1")}, file, metadata=about)
+    fails(script(*ask), "book: k.1 was missing, or of another dtype than the model")
     save_file(state, file, metadata=about)
     save_model(tiny_model(tiny_config(vocab_size=400), seed=7), tmp_path / "other")
     (tmp_path / "other/tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())

@@ -130,7 +130,7 @@ def settings_of(*argv):
 # Settings
 
 GIVEN = [
-    ("--model", "x"), ("--tokenizer", "x"), ("--adapter", "x"), ("--data", ["x", "y"]),
+    ("--model", "x"), ("--tokenizer", "x"), ("--adapter", "smollm2-freqkv"), ("--data", ["x", "y"]),
     ("--bin-dtype", "uint32"), ("--sft", "x"), ("--seq-len", 3), ("--val-share", 0.25),
     ("--rank", 3), ("--alpha", 3.0), ("--train", "x"), ("--attention", "distinct"),
     ("--window", 3), ("--schedule", "levels"), ("--block", 3), ("--vary", True),
@@ -146,9 +146,23 @@ GIVEN = [
 @pytest.mark.parametrize(("flag", "value"), GIVEN)
 def test_flags(flag, value):
     words = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-    settings = settings_of(flag, *words)
+    needed = ["--lora"] if flag in ("--rank", "--alpha", "--train") else []
+    settings = settings_of(flag, *words, *needed)
     name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
     assert getattr(settings, name) == value
+
+
+def test_an_adapter_is_trained_on_as_it_was_tuned(tmp_path):
+    tuned = {"attention": "distinct", "window": 64, "sinks": 3, "ratio": 0.75, "recent": 8}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "freqkv.json").write_text(json.dumps(tuned | {"schedule": "paper"}))
+    settings = train.asdict(settings_of("--lora", "--adapter", tmp_path))
+    assert (tuned | {"schedule": "paper", "seq_len": None}).items() <= settings.items()
+    settings = train.asdict(settings_of("--lora", "--adapter", tmp_path, "--window", 32))
+    assert (tuned | {"window": 32}).items() <= settings.items()
+    settings = train.asdict(settings_of("--lora", "--adapter", tmp_path, "--schedule", "levels"))
+    expected = {"schedule": "levels", "window": 64, "sinks": 3, "ratio": None, "recent": None}
+    assert expected.items() <= settings.items()
 
 
 def test_every_flag_is_in_help_and_tried_here(script):
@@ -836,11 +850,21 @@ def finished(checkpoint, text_file, tmp_path_factory):
         ("config.json", {"window": None}, None),  # is chosen
         ("log.jsonl", b"junk\n", "log.jsonl: was damaged"),
         ("log.jsonl", b"{}\n", "log.jsonl: was damaged"),
+        ("log.jsonl", b'{"step": "1"}\n', "log.jsonl: was damaged (ValueError(\"step '1'\"))"),
+        ("log.jsonl", b'["step"]\n', "log.jsonl: was damaged"),
+        ("config.json", {"attention": "foo"}, "argument --attention: invalid choice: 'foo'"),
+        ("config.json", {"seq_len": 0}, "config.json: argument --seq-len: was '0', must be"),
+        ("config.json", {"lr": math.nan}, "config.json: argument --lr: was 'nan', must be"),
+        ("config.json", {"seed": -1}, "config.json: argument --seed: was '-1', must be"),
+        ("config.json", {"steps": True}, "config.json: steps was True, must be of a run"),
         ("data/tokens.bin", b"12345678", "data: was damaged"),
         ("data/tokens.json", b"{}", "was changed since"),
         ("checkpoints/step-000003/weights.safetensors", b"junk", "step-000003: was damaged"),
         ("checkpoints/step-000003/state.pt", b"", "step-000003: was damaged"),
+        ("checkpoints/step-000003/state.pt", None, "damaged (ValueError('without state.pt'))"),
         ("checkpoints/step-000003/record.json", b"{}", "step-000003: was damaged"),
+        ("checkpoints/step-000003/record.json", {"step": 2}, "damaged (ValueError('of step 2'))"),
+        ("checkpoints/step-000003/record.json", {"best": {"step": "x"}}, "step-000003: was dam"),
         ("checkpoints/step-more/x", b"", None),  # is no checkpoint
     ],
 )
@@ -850,7 +874,10 @@ def test_resuming_a_damaged_run(finished, tmp_path, succeed, fail, name, content
     (out / name).parent.mkdir(exist_ok=True)
     if isinstance(content, dict):
         content = json.dumps(json.loads((out / name).read_text()) | content).encode()
-    (out / name).write_bytes(content)
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
     if message is None:
         succeed("--out", out, "--resume", "--steps", 4)
     else:
@@ -892,6 +919,15 @@ def test_resuming_with_other_data_is_refused(checkpoint, tmp_path, succeed, fail
     file.write_text("other words of a text\n" * 50)
     error = fail("--out", tmp_path / "run", "--resume", "--steps", 5)
     assert "--data: was changed since " in error
+
+
+def test_resuming_with_other_records_is_refused(checkpoint, tmp_path, succeed, fail):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "some words of a text, and some more"}\n' * 5)
+    succeed(*flags(checkpoint, None, tmp_path / "run", "--sft", file))
+    file.write_text('{"text": "other words of a text, and some more"}\n' * 5)
+    error = fail("--out", tmp_path / "run", "--resume", "--steps", 5)
+    assert "--sft: was changed since the run began, must be the same to resume" in error
 
 
 def test_resuming_with_another_model_is_refused(tokens_file, checkpoint, tmp_path, succeed, fail):
@@ -1018,6 +1054,7 @@ def test_the_command_itself(checkpoint, tokens_file, tmp_path):
 # Bad input
 
 SHAPE = ROOT / "tests/data/meta/hf/config.json"
+ADAPTER = ROOT / "weights/smollm2-freqkv"
 BAD = [
     (["--data", "no/such"], "no/such held no file"),
     (["--window", 65], "--window: was 65, must be at most"),
@@ -1041,15 +1078,18 @@ BAD = [
     (["--sft", "x"], "--sft: was given with --data"),
     (["--init", SHAPE, "--lora"], "--init: was given with --lora"),
     (["--init", SHAPE, "--adapter", "x"], "--init: was given with --adapter"),
-    (["--init", SHAPE], "--tokenizer: was not given with --init"),
-    (["--init", SHAPE, "--tokenizer", "train:x"], "--tokenizer: was train:x, must be train:SIZE"),
-    (["--init", SHAPE, "--tokenizer", "train:9"], "--tokenizer: was train:9, which cannot be"),
+    (["--init", SHAPE], "--model: was given with --init, must be without"),
+    (["--tokenizer", "train:400"], "--tokenizer: was train:400, must be with --init"),
+    (["--rank", 4], "--rank: was given without --lora, must be with it"),
+    (["--bin-dtype", "uint16"], "--bin-dtype: was uint16, must be with .bin files alone"),
+    (["--lora", "--merge", SHAPE / "x"], f"must be in a folder, which {SHAPE} isn't"),
+    (["--out", SHAPE], f"--out: {SHAPE}: File exists, must be a folder, or new"),
     (["--tokenizer", "tiny"], "tokenizer: was of 2048 tokens, must fit the model's 400"),
     (["--sft", ""], "--sft: was '', must be a name or a path"),
     (["--adapter", ""], "--adapter: was '', must be a name or a path"),
     (["--vary", "--attention", "full"], "--vary: was given with --attention full"),
-    (["--lora", "--adapter", "x", "--rank", 4], "--rank: was given with --adapter"),
-    (["--adapter", "x", "--merge", "y", "--lr", 1], "was given to merge --adapter, must be with"),
+    (["--lora", "--adapter", ADAPTER, "--rank", 4], "--rank: was given with --adapter"),
+    (["--adapter", ADAPTER, "--merge", "y"], "was given to merge --adapter, must be with --lora"),
     (["--window", 10**20], "must be a whole number, 1 or more, at most 9223372036854775807"),
     (["--merge", "x"], "--merge: was given alone"),
     (["--lora", "--merge", "."], "--merge: . was there already, must be new"),
@@ -1066,14 +1106,29 @@ def test_bad_input_is_one_line(checkpoint, text_file, tmp_path, fail, monkeypatc
     train.prepare(settings_of(*flags(checkpoint, text_file, "run")), False)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--tokenizer: was not given with --init"),
+        (["--tokenizer", "train:x"], "--tokenizer: was train:x, must be train:SIZE"),
+        (["--tokenizer", "train:9"], "--tokenizer: was train:9, which cannot be"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be(text_file, tmp_path, fail, more, message):
+    assert message in fail(*flags(None, text_file, tmp_path / "run", "--init", SHAPE, *more))
+
+
 def test_an_adapter_of_another_model_is_refused(checkpoint, tokens_file, tmp_path, succeed, fail):
     succeed(*flags(checkpoint, tokens_file, tmp_path / "run", "--lora"))
     save_model(tiny_model(tiny_config(vocab_size=400, hidden_size=64)), tmp_path / "wide")
     for more in (["--lora"], ["--merge", tmp_path / "merged"]):
         adapter = "--adapter", tmp_path / "run/adapter", *more
-        error = fail("--model", tmp_path / "wide", "--out", tmp_path / "new", *adapter)
+        error = fail("--model", tmp_path / "wide", *adapter)
         assert "adapter_model.safetensors: tensor base_model" in error
     assert not (tmp_path / "merged").exists()
+    merge = "--adapter", tmp_path / "run/adapter", "--merge", tmp_path / "merged"
+    for name, *value in (["--out", tmp_path / "x"], ["--resume"]):
+        assert f"{name}: was given to merge --adapter" in fail(*merge, name, *value)
 
 
 def test_a_run_is_not_overwritten(checkpoint, text_file, tmp_path, finished, fail):

@@ -11,8 +11,15 @@ from safetensors import SafetensorError
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, the same from every system: lines end in LF, and no BOM comes first."""
-    return decode_text(path.read_bytes(), str(path))
+    """The text of a file, the same from every system: lines end in LF, and no BOM comes first.
+
+    OSError or ValueError names the file that cannot be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}), must be a text file") from None
+    return decode_text(content, str(path))
 
 
 def decode_text(content: bytes, name: str) -> str:
@@ -27,11 +34,11 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError names the file where it holds anything else."""
+    """A JSON object from a file; OSError or ValueError names the file where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: was not there, must be a JSON file") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}), must be a JSON file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path}: was not JSON ({error}), must be a JSON object") from None
     if not isinstance(content, dict):
