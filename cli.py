@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO, cast
 import torch
 
 from freqkv import FreqKVCache, FreqKVConfig, Operator, distinct, lowband, newest
+from half import use_fastest_products
 from levels import LevelsCache, LevelsConfig
 from lora import BUILT_IN, find_adapter
 from model import FullCache, Llama, LlamaConfig
@@ -316,6 +317,7 @@ def load(args: Namespace) -> tuple[Llama, Tokenizer]:
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
+    use_fastest_products(model)
     return model, tokenizer
 
 

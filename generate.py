@@ -28,6 +28,7 @@ from tqdm import tqdm
 import cli
 from cli import Cache
 from freqkv import FreqKVCache, lowband
+from half import use_fastest_products
 from levels import LevelsCache, LevelsConfig
 from model import Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
@@ -167,8 +168,8 @@ def write(
 def fingerprint(model: Llama) -> str:
     """What tells one model from another: a hash of its config, dtype and some of all weights."""
     digest = hashlib.sha256(f"{model.config} {model.norm.weight.dtype}".encode())
-    for parameter in model.state_dict().values():
-        digest.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -452,6 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = encode_prompts(texts, tokenizer, args.chat, continues, free)
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
+    use_fastest_products(model)
     cache: Cache
     if args.load_cache is not None:
         cache = load_cache(args.load_cache, name, model)

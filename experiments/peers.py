@@ -19,6 +19,7 @@ from torch import Tensor
 
 import cli
 from freqkv import FreqKVCache, FreqKVConfig
+from half import use_fastest_products
 from model import FullCache, Llama, LlamaConfig, RopeScaling
 from weights import find, load_model
 from weights.blank import blank_model
@@ -73,9 +74,17 @@ def read_config(name: str) -> LlamaConfig:
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device) -> Llama:
-    """A checkpoint, by name or path; or random weights of a shape in SHAPES."""
+    """A checkpoint, by name or path; or random weights of a shape in SHAPES: ready to decode."""
     if name not in SHAPES:
-        return load_model(name, dtype, device)
+        model = load_model(name, dtype, device)
+    else:
+        model = make_random_model(name, dtype, device)
+    use_fastest_products(model)
+    return model
+
+
+def make_random_model(name: str, dtype: torch.dtype, device: torch.device) -> Llama:
+    """A model of a shape in SHAPES."""
     model = blank_model(SHAPES[name]).to(dtype)
     model.to_empty(device=device)
     # The same numbers again and again: what a weight is makes no step slower.
