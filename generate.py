@@ -201,10 +201,11 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
     saved = about.get("cache")
     if saved not in cli.OPERATORS or name not in (None, saved):
         raise ValueError(f"{path}: was of --cache {saved}, must be of {name or 'a known one'}")
+    dtype = model.norm.weight.dtype
     for layer in range(model.config.num_hidden_layers):
         for key in (f"k.{layer}", f"v.{layer}"):
-            if key not in state or state[key].dtype != model.norm.weight.dtype:
-                raise ValueError(f"{path}: {key} was missing, or of another dtype than the model")
+            if key not in state or state[key].dtype != dtype:
+                raise ValueError(f"{path}: {key} was not there in {dtype}, must be, as every layer")
     kind = LevelsCache if LevelsCache.config_name in state else FreqKVCache
     with name_file(path):
         return kind.from_state(state, cli.OPERATORS[saved])

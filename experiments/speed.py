@@ -296,9 +296,7 @@ def count_token_bytes(model: Llama, slots: int) -> int:
     total = peers.count_cache_bytes(model, slots)
     for weight in model.parameters():
         total += weight.nbytes
-    if (
-        not model.config.tie_word_embeddings
-    ):  # the embedding has no second use: one row of it is read
+    if not model.config.tie_word_embeddings:  # of the embedding one row is read, and no more
         total -= model.embed_tokens.weight.nbytes
     return total
 
