@@ -191,7 +191,7 @@ def make_folder(flag: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{flag}: {path}: {error.strerror}, must be a folder, or new") from None
-    check_writable(path / "file")
+    check_writable(path / ".probe")
 
 
 def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], kind: str) -> None:

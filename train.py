@@ -182,7 +182,7 @@ def make_parser() -> cli.Parser:
     add("--init", type=path, help=text)
     text = "a name or a path, or train:SIZE to make one (with --init) [the model's own]"
     add("--tokenizer", type=path, help=text)
-    text = "LoRA to train on (with --lora), in its own slots; else to merge into the model first"
+    text = "LoRA to train on (with --lora) or to merge first; its attention and slots are defaults"
     add("--adapter", type=path, help=text)
 
     add = parser.add_argument_group("data").add_argument
@@ -328,7 +328,7 @@ def name_folder(given: dict[str, Any], recipe: str) -> str:
 def tuned_slots(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     """The attention and the slots of the adapter that a run goes on from, where no flag gives them.
 
-    Of another schedule than the flags ask for, the window and the sinks alone.
+    With another window or schedule, what depends on these is left at its default.
     """
     if not settings.adapter:
         return {}
@@ -336,19 +336,21 @@ def tuned_slots(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     names = ["attention", *cli.SETTINGS]
     if given.get("schedule") not in (None, tuned.get("schedule", "paper")):
         names = ["attention", "window", "sinks"]
+    elif "window" in given:
+        names = ["attention", "schedule", "sinks", "ratio"]
     return {name: tuned[name] for name in names if name in tuned and name not in given}
 
 
 def check_new(folder: Path) -> None:
     """OSError unless a merged model can be written to a folder, which must be new."""
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"--merge: {folder} was there already, must be new")
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(
             f"--merge: was {folder}, must be in a folder, which {parent} isn't"
         )
-    check_writable(parent / "file")
+    check_writable(parent / ".probe")
 
 
 def check_used(given: dict[str, Any], settings: Settings, resume: bool) -> None:
@@ -369,7 +371,7 @@ def check_used(given: dict[str, Any], settings: Settings, resume: bool) -> None:
         raise ValueError("--vary: was given with --attention full, must be with slots to vary")
     if settings.init and "model" in given:
         raise ValueError("--model: was given with --init, must be without")
-    if (settings.tokenizer or "").startswith("train:") and not settings.init:
+    if given.get("tokenizer", "").startswith("train:") and not settings.init and not resume:
         raise ValueError(f"--tokenizer: was {settings.tokenizer}, must be with --init")
 
 
@@ -524,7 +526,7 @@ def read_data(settings: Settings, tokenizer: Tokenizer | None, vocab: int, seq_l
         files = data_files(settings.data)
     if any(file.suffix == ".bin" for file in files):
         return read_bins(files, settings.bin_dtype, vocab, seq_len, share)
-    if settings.bin_dtype:
+    if settings.bin_dtype and settings.data_sha256 is None:  # a run that has begun may have it
         raise ValueError(f"--bin-dtype: was {settings.bin_dtype}, must be with .bin files alone")
     if tokenizer is None:
         raise ValueError("--tokenizer: was not given with --init, must be a path or train:SIZE")

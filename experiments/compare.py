@@ -87,6 +87,8 @@ def draw_positions(figure: Any, folders: dict[str, Path]) -> None:
             places = []
             losses = []
             for point, other in zip(points, base, strict=True):
+                if point["tokens_to"] != other["tokens_to"]:
+                    raise ValueError(f"was of other places, must be of those of {folders[first]}")
                 places.append((point["tokens_from"] + point["tokens_to"]) / 2)
                 losses.append(point["loss"] - other["loss"])
         curves[name] = (places, losses)

@@ -48,6 +48,15 @@ def test_a_product_is_that_of_a_linear_layer(shape, dtype, as_vector, widen):
     assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+@torch.no_grad()
+def test_under_autocast(rows):
+    layer = HalfLinear(nn.Parameter(torch.ones(30, 20, dtype=torch.bfloat16)), True, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(torch.ones(rows, 20))
+    assert_close(found, torch.full((rows, 30), 20.0, dtype=torch.bfloat16))
+
+
 @torch.no_grad()
 def test_which_way_a_product_goes(monkeypatch):
     ways = []

@@ -159,7 +159,8 @@ def test_an_adapter_is_trained_on_as_it_was_tuned(tmp_path):
     settings = train.asdict(settings_of("--lora", "--adapter", tmp_path))
     assert (tuned | {"schedule": "paper", "seq_len": None}).items() <= settings.items()
     settings = train.asdict(settings_of("--lora", "--adapter", tmp_path, "--window", 32))
-    assert (tuned | {"window": 32}).items() <= settings.items()
+    expected = {"attention": "distinct", "window": 32, "sinks": 3, "ratio": 0.75, "recent": None}
+    assert expected.items() <= settings.items()
     settings = train.asdict(settings_of("--lora", "--adapter", tmp_path, "--schedule", "levels"))
     expected = {"schedule": "levels", "window": 64, "sinks": 3, "ratio": None, "recent": None}
     assert expected.items() <= settings.items()
