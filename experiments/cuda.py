@@ -244,7 +244,7 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / "cuda.settings.json"
     if not path.exists():
-        if any(folder.iterdir()):
+        if any(folder.glob("[!.]*")):
             raise FileExistsError(f"--out: {folder} was there already, must be new, or one of cuda")
         write_json(path, settings)
         return

@@ -118,7 +118,7 @@ def read_results(folder: Path, name: str) -> list[Record]:
     """The records that `write_results` has written; OSError or ValueError names the file."""
     path = folder / f"{name}.json"
     text = read_text(path)
-    with damaged(path, f"what experiments.{name} has written"):
+    with damaged(path, "what a measurement has written"):
         return json.loads(text)
 
 
