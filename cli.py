@@ -25,7 +25,7 @@ from levels import LevelsCache, LevelsConfig
 from lora import BUILT_IN, find_adapter
 from model import FullCache, Llama, LlamaConfig
 from weights import Tokenizer, find, load_model, load_tokenizer
-from weights.files import check_writable, read_json
+from weights.files import check_folder, check_writable, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPERATORS: dict[str, Operator] = {"freqkv": lowband, "distinct": distinct, "window": newest}
@@ -191,7 +191,7 @@ def make_folder(flag: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{flag}: {path}: {error.strerror}, must be a folder, or new") from None
-    check_writable(path / ".probe")
+    check_folder(path)
 
 
 def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], kind: str) -> None:
@@ -315,10 +315,17 @@ def load(args: Namespace) -> tuple[Llama, Tokenizer]:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     tokenizer = load_tokenizer(args.model)
+    return load_model_for(args, device, dtype, tokenizer), tokenizer
+
+
+def load_model_for(
+    args: Namespace, device: torch.device, dtype: torch.dtype, tokenizer: Tokenizer
+) -> Llama:
+    """The model that the flags name, to read and write with; ValueError unless it fits."""
     model = load_model(args.model, dtype, device, args.adapter)
     tokenizer.check_fits(model.config.vocab_size)
     use_fastest_products(model)
-    return model, tokenizer
+    return model
 
 
 def choose_schedule(args: Namespace, model: LlamaConfig) -> Schedule:

@@ -28,10 +28,9 @@ from tqdm import tqdm
 import cli
 from cli import Cache
 from freqkv import FreqKVCache, lowband
-from half import use_fastest_products
 from levels import LevelsCache, LevelsConfig
 from model import Llama
-from weights import Tokenizer, chat_stops, chat_tokens, load_model, load_tokenizer
+from weights import Tokenizer, chat_stops, chat_tokens, load_tokenizer
 from weights.files import decode_text, name_file, read_text, write_beside
 
 Step = Callable[[Tensor], Tensor]
@@ -452,9 +451,7 @@ def main(argv: list[str] | None = None) -> None:
     continues = args.load_cache is not None
     free = args.prompt is None and args.prompt_file is None and not args.chat and not continues
     tokens = encode_prompts(texts, tokenizer, args.chat, continues, free)
-    model = load_model(args.model, dtype, device, args.adapter)
-    tokenizer.check_fits(model.config.vocab_size)
-    use_fastest_products(model)
+    model = cli.load_model_for(args, device, dtype, tokenizer)
     cache: Cache
     if args.load_cache is not None:
         cache = load_cache(args.load_cache, name, model)

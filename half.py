@@ -40,9 +40,9 @@ class HalfLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., E] to [..., F]."""
-        rows = x.shape[:-1].numel()
         if x.dtype != self.weight.dtype:  # as under autocast
             return super().forward(x)
+        rows = x.shape[:-1].numel()
         if rows == 1 and self.as_vector:
             y = torch.mv(self.weight, x.flatten())
             return y.view(*x.shape[:-1], self.out_features)

@@ -54,7 +54,7 @@ from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import (
-    check_writable,
+    check_folder,
     damaged,
     name_file,
     read_json,
@@ -350,7 +350,7 @@ def check_new(folder: Path) -> None:
         raise NotADirectoryError(
             f"--merge: was {folder}, must be in a folder, which {parent} isn't"
         )
-    check_writable(parent / ".probe")
+    check_folder(parent)
 
 
 def check_used(given: dict[str, Any], settings: Settings, resume: bool) -> None:

@@ -23,8 +23,14 @@ from typing import Any, TextIO
 import cli
 from data import data_files
 from experiments import report
-from train import read_log
-from weights.files import damaged, name_file, read_json, write_beside, write_json
+from weights.files import (
+    damaged,
+    name_file,
+    read_json,
+    read_json_lines,
+    write_beside,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[1]
 SPEED = ["decode", "roofline", "prefill", "compression", "training", "memory"]
@@ -192,6 +198,11 @@ def tune(folder: Path, run: Run, plan: Plan, about: dict[str, Any], seconds: flo
         steps = int(steps_file.read_text())
     whole = make_command(["train.py"], flags | {"steps": steps})
     run_piece(folder, f"{run.name}-tuned", whole, partial(has_steps, out, steps))
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The records of a run of train.py, which is a script, and not imported."""
+    return read_json_lines(out / "log.jsonl")
 
 
 def has_steps(out: Path, steps: int) -> bool:

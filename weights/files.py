@@ -153,6 +153,11 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}), must be writable") from None
 
 
+def check_folder(folder: Path) -> None:
+    """OSError unless files can be made in a folder."""
+    check_writable(folder / ".probe")
+
+
 def _temporary(path: Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: was a folder, must be a file")
