@@ -24,6 +24,7 @@ from model import Llama
 
 LARGE = 1 << 22  # weights; for a vector and fewer, what surrounds the product takes longer
 MANY = 64  # rows; for fewer, widening the matrix takes longer than the product
+PIECE = 4096  # outputs whose weights are wide at a time, so that a large vocabulary's are not all
 
 
 class HalfLinear(nn.Linear):
@@ -47,7 +48,11 @@ class HalfLinear(nn.Linear):
             y = torch.mv(self.weight, x.flatten())
             return y.view(*x.shape[:-1], self.out_features)
         if rows >= MANY and self.widen:
-            return F.linear(x.float(), self.weight.float()).to(x.dtype)
+            wide = x.float()
+            parts = []
+            for weight in self.weight.split(PIECE):
+                parts.append(F.linear(wide, weight.float()).to(x.dtype))
+            return torch.cat(parts, dim=-1)
         return super().forward(x)
 
 

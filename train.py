@@ -161,10 +161,15 @@ class Settings:
                 raise ValueError(f"--{one}: was given with --{other}, must be without")
         if self.merge and not self.lora and not self.adapter:
             raise ValueError("--merge: was given alone, must be with --lora or --adapter")
-        if self.merge and Path(self.out).resolve() in (Path(self.merge) / "x").resolve().parents:
+        if self.merge and self.lora and is_inside(Path(self.merge), Path(self.out)):
             raise ValueError(
                 f"--merge: was {self.merge}, must be outside the run's folder, {self.out}"
             )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder itself, or somewhere in it."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def make_parser() -> cli.Parser:

@@ -15,6 +15,7 @@ from typing import Any
 
 import cli
 from experiments.report import (
+    Record,
     add_legend,
     check_picture,
     draw_curves,
@@ -25,12 +26,24 @@ from weights.files import name_file
 
 LENGTH = 8192  # tokens: where perplexity is taken
 WINDOW = 2048  # tokens: what recall is within, or past
+Stretch = tuple[int, int]  # of a text: its first token and its last
+
+
+def read_run(folder: Path, name: str) -> list[Record]:
+    """What a run has measured; ValueError for a run of several strategies."""
+    records = read_results(folder, name)
+    with name_file(folder):
+        names = {record["strategy"] for record in records}
+        if len(names) > 1:
+            raise ValueError(f"held {', '.join(sorted(names))}, must be of one strategy")
+    return records
 
 
 def read_perplexity(folder: Path) -> float:
     """The perplexity of a run at LENGTH tokens; ValueError where it was not measured there."""
+    records = read_run(folder, "perplexity")
     with name_file(folder):
-        for record in read_results(folder, "perplexity"):
+        for record in records:
             if record["length"] == LENGTH:
                 return record["perplexity"]
         raise ValueError(f"perplexity was measured without --lengths {LENGTH}, must be with it")
@@ -41,15 +54,26 @@ def read_gains(folder: Path) -> tuple[float, float]:
 
     ValueError where a run was not measured so.
     """
+    records = read_run(folder, "recall")
     gains: dict[bool, list[float]] = {True: [], False: []}
     with name_file(folder):
-        for record in read_results(folder, "recall"):
+        for record in records:
             if record["loss_absent"] is None:
                 raise ValueError("recall was measured with --planted-only, must be without")
             gains[record["distance"] < WINDOW].append(record["loss_absent"] - record["loss"])
         if not gains[True] or not gains[False]:
             raise ValueError(f"recall must be measured at --distances below and above {WINDOW}")
     return fmean(gains[True]), fmean(gains[False])
+
+
+def read_losses(folder: Path) -> dict[Stretch, float]:
+    """The loss of a run in each stretch of its texts."""
+    records = read_run(folder, "perplexity_by_position")
+    losses = {}
+    with name_file(folder):
+        for record in records:
+            losses[record["tokens_from"], record["tokens_to"]] = record["loss"]
+    return losses
 
 
 def draw_frontier(figure: Any, folders: dict[str, Path]) -> None:
@@ -77,21 +101,16 @@ def draw_positions(figure: Any, folders: dict[str, Path]) -> None:
     first, *others = folders
     if not others:
         raise ValueError("NAME=FOLDER: was one, must be two or more, to draw by position")
-    base = read_results(folders[first], "perplexity_by_position")
+    base = read_losses(folders[first])
+    places = [(start + stop) / 2 for start, stop in base]
     curves = {}
     for name in others:
-        points = read_results(folders[name], "perplexity_by_position")
-        with name_file(folders[name]):
-            if len(points) != len(base):
-                raise ValueError(f"was of other lengths, must be of those of {folders[first]}")
-            places = []
-            losses = []
-            for point, other in zip(points, base, strict=True):
-                if point["tokens_to"] != other["tokens_to"]:
-                    raise ValueError(f"was of other places, must be of those of {folders[first]}")
-                places.append((point["tokens_from"] + point["tokens_to"]) / 2)
-                losses.append(point["loss"] - other["loss"])
-        curves[name] = (places, losses)
+        losses = read_losses(folders[name])
+        if losses.keys() != base.keys():
+            folder = folders[name]
+            raise ValueError(f"{folder}: was of other lengths, must be as {folders[first]}")
+        above = [losses[stretch] - base[stretch] for stretch in base]
+        curves[name] = (places, above)
     axes = figure.subplots()
     draw_curves(axes, curves)
     axes.set(xlabel="place in the text (tokens)", ylabel=f"above {first} (nats a token)")

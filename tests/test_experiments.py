@@ -563,6 +563,14 @@ def test_a_picture_is_not_drawn_over_another_file(outcome, tmp_path, script):
     assert notes.read_text() == "mine"
 
 
+RUN = {"strategy": "freqkv"}
+
+
+def write_run(path, records):
+    """Records as a measurement writes them, of one strategy."""
+    path.write_text(json.dumps([RUN | record for record in records]))
+
+
 def test_runs_are_compared(tmp_path, figure, outcome):
     """The points of a frontier, and curves above the first run's."""
     for name, height in (("a", 20.0), ("b", 30.0)):
@@ -573,9 +581,9 @@ def test_runs_are_compared(tmp_path, figure, outcome):
             {"distance": x, "loss": x / 1000, "loss_absent": height} for x in (256, 1000, 2048)
         ]
         points = [{"tokens_from": i, "tokens_to": i + 2, "loss": height / i} for i in (1, 3)]
-        (folder / "perplexity.json").write_text(json.dumps(lengths))
-        (folder / "recall.json").write_text(json.dumps(recalls))
-        (folder / "perplexity_by_position.json").write_text(json.dumps(points))
+        write_run(folder / "perplexity.json", lengths)
+        write_run(folder / "recall.json", recalls)
+        write_run(folder / "perplexity_by_position.json", points)
     folders = {"one": tmp_path / "a", "two": tmp_path / "b"}
     compare.draw_frontier(figure, folders)
     for axes, losses in zip(figure.axes, (0.628, 2.048), strict=True):
@@ -607,12 +615,24 @@ def test_runs_are_compared(tmp_path, figure, outcome):
 @pytest.mark.parametrize(
     ("what", "name", "content", "message"),
     [
-        ("frontier", "perplexity", [{"length": 4096, "perplexity": 1.0}], "without --lengths 8192"),
+        (
+            "frontier",
+            "perplexity",
+            [RUN | {"length": 4096, "perplexity": 1.0}],
+            "without --lengths 8192",
+        ),
         ("frontier", "perplexity", [5], "a: "),
-        ("frontier", "recall", [{"distance": 1, "loss": 1.0, "loss_absent": 2.0}], "below and abo"),
-        ("frontier", "recall", [{"distance": 1, "loss": 1.0}], "a: 'loss_absent' was missing"),
+        ("frontier", "recall", [RUN | {"distance": 1, "loss": 1.0, "loss_absent": 2.0}], "below"),
+        (
+            "frontier",
+            "recall",
+            [RUN | {"distance": 1, "loss": 1.0}],
+            "a: 'loss_absent' was missing",
+        ),
         ("frontier", "recall", None, "recall.json: cannot be read (No such file or directory)"),
         ("by-position", "perplexity_by_position", [], "a: was of other lengths"),
+        ("by-position", "perplexity_by_position", [RUN | {"loss": 1}], "a: 'tokens_from' was miss"),
+        ("frontier", "recall", [RUN, {"strategy": "window"}], "a: held freqkv, window, must be of"),
     ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, outcome, what, name, content, message):
@@ -624,7 +644,7 @@ def test_runs_that_cannot_be_compared(tmp_path, outcome, what, name, content, me
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for measured, records in whole.items():
-            (tmp_path / folder / f"{measured}.json").write_text(json.dumps(records))
+            write_run(tmp_path / folder / f"{measured}.json", records)
     file = tmp_path / "a" / f"{name}.json"
     file.unlink()
     if content is not None:
