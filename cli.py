@@ -141,19 +141,26 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """The type of a flag that takes a finite number from `least` (or above it) to `most`."""
+def real(
+    least: float, most: float = math.inf, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number from `least` to `most`.
+
+    above, below: whether it must be more than `least`, less than `most`.
+    """
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        low_enough = value <= most and value != math.inf
         high_enough = value > least if above else value >= least
-        if not (low_enough and high_enough):
+        low_enough = value < most if below or most == math.inf else value <= most
+        if not (high_enough and low_enough):
             start = f"more than {least}" if above else f"{least} or more"
-            limit = "" if most == math.inf else f", at most {most}"
+            limit = f", below {most}" if below else f", at most {most}"
+            if most == math.inf:
+                limit = ""
             raise ArgumentTypeError(f"was {text!r}, must be a number, {start}{limit}")
         return value
 
@@ -228,7 +235,10 @@ def format_bytes(count: float) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that --device names; CUDA where there is one, else the CPU. ValueError."""
+    """The device that --device names; CUDA where there is one, else the CPU. ValueError.
+
+    On CUDA it turns off cuDNN's attention, for the whole process.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -304,7 +314,7 @@ def add_schedule_flags(parser: argparse._ActionsContainer) -> None:
     text = f"first tokens, never compressed [{tuned} {DEFAULTS.sinks}]"
     add("--sinks", type=integer(0), help=text)
     text = f"share of the span that a round keeps [{tuned} {DEFAULTS.ratio}]"
-    add("--ratio", type=real(0, 1), help=text)
+    add("--ratio", type=real(0, 1, below=True), help=text)
     text = f"newest tokens, left as they are [{tuned} {DEFAULTS.recent}; levels: window/4]"
     add("--recent", type=integer(0), help=text)
     add("--block", type=integer(1), help=f"slots of a block of levels [{tuned} window/64]")
@@ -341,11 +351,11 @@ def choose_cache_name(args: Namespace) -> str:
     return tuned_settings(args.model, args.adapter).get("attention", "freqkv")
 
 
-def given_settings(args: Namespace) -> dict[str, Any]:
-    """The settings of the schedule that the flags give."""
+def given_settings(source: object) -> dict[str, Any]:
+    """The settings of the schedule that flags give, or those of a run: what is not None."""
     settings = {}
     for name in SETTINGS:
-        value = getattr(args, name)
+        value = getattr(source, name)
         if value is not None:
             settings[name] = value
     return settings
@@ -380,36 +390,45 @@ def check_tuned(path: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{path}: ratio was {ratio!r}, must be a number, 0 or more, below 1")
 
 
+def keep_tuned(tuned: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings that a model was tuned with, those that hold beside the ones that were given.
+
+    With another window or schedule, what depends on these is left at its default.
+    """
+    names = ["attention", *SETTINGS]
+    if given.get("schedule", tuned.get("schedule")) != tuned.get("schedule"):
+        names = ["attention", "window", "sinks"]
+    elif given.get("window", tuned.get("window")) != tuned.get("window"):
+        names = ["attention", "schedule", "sinks", "ratio"]
+    kept = {}
+    for name in names:
+        if name in tuned and name not in given:
+            kept[name] = tuned[name]
+    return kept
+
+
 def make_schedule(
     given: dict[str, Any], model: LlamaConfig, tuned: dict[str, Any] | None = None
 ) -> Schedule:
     """A schedule for a model, of settings that were given, or else of those it was tuned with.
 
-    A window that is not given, or None, is the paper's, or the model's positions if fewer.
-    ValueError for a window that is longer than these, or a setting of another schedule.
+    A window that is not given is the paper's, or the model's positions if fewer. ValueError for a
+    window that is longer than these, or a setting of another schedule.
     """
-    settings = dict(tuned or {})
-    tuned_kind = settings.get("schedule", "paper")
-    kind = given.get("schedule") or tuned_kind
-    if kind != tuned_kind:
-        settings.pop("recent", None)  # whose default is another there
-    for name, value in given.items():
-        if value is not None:
-            settings[name] = value
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule: was {kind!r}, must be of {', '.join(SCHEDULES)}")
-    known = {field.name for field in fields(SCHEDULES[kind])}
-    for name in ("ratio", "block"):
-        if given.get(name) is not None and name not in known:
-            raise ValueError(f"--{name}: was {given[name]}, must be without --schedule {kind}")
+    settings = keep_tuned(tuned or {}, given) | given
+    kind = settings.pop("schedule", "paper")
+    if kind == "levels" and "ratio" in given:
+        raise ValueError(f"--ratio: was {given['ratio']}, must be with --schedule paper")
+    if kind == "paper" and "block" in given:
+        raise ValueError(f"--block: was {given['block']}, must be with --schedule levels")
 
     most = model.max_position_embeddings
-    values = {name: settings[name] for name in known if settings.get(name) is not None}
-    values.setdefault("window", min(DEFAULTS.window, most))
+    settings.setdefault("window", min(DEFAULTS.window, most))
     if kind == "levels":
-        values.setdefault("recent", values["window"] // 4)
-        values.setdefault("block", max(values["window"] // 64, 1))
-    config = SCHEDULES[kind](**values)
+        settings.setdefault("recent", settings["window"] // 4)
+        settings.setdefault("block", max(settings["window"] // 64, 1))
+    known = {field.name for field in fields(SCHEDULES[kind])}
+    config = SCHEDULES[kind](**{name: settings[name] for name in known & settings.keys()})
     if config.window > most:
         raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
     return config

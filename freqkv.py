@@ -25,6 +25,7 @@ rounds compress again what earlier ones left: after r rounds a passage of p toke
 p * ratio^r slots. That bounds the memory, and what can be remembered.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
@@ -129,16 +130,43 @@ def distinct(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     # A token that the text repeats has the same key in the first layer each time. Rounding, which
     # depends on how a text is cut into calls, must not choose among them: the newest of a tie wins.
     ascending, order = likeness.detach().sort(dim=-1)
-    is_new = ascending.diff(dim=-1) > TIE
-    group = F.pad(is_new.cumsum(dim=-1), (1, 0))  # [B, K, n]: the same number for all of a tie
-    rank = group * n + (n - 1 - order)
+    rank = _number_ties(ascending) * n + (n - 1 - order)
     least = rank.topk(keep, dim=-1, largest=False).indices
     places = order.gather(-1, least).sort(dim=-1).values  # [B, K, keep]
     index = places[..., None].expand(-1, -1, -1, keys.shape[-1])
     return keys.gather(2, index), values.gather(2, index)
 
 
+def _number_ties(ascending: Tensor) -> Tensor:
+    """Numbers for likenesses [B, K, n] in ascending order: rising, the same for all of a tie.
+
+    Neighbours closer than TIE are tied. In a long span they all may be, so ties end at 10 TIE.
+    """
+    is_new = F.pad(ascending.diff(dim=-1) > TIE, (1, 0))  # [B, K, n]
+    place = torch.arange(ascending.shape[-1], device=ascending.device)
+    start = (
+        torch.where(is_new, place, 0).cummax(dim=-1).values
+    )  # where the neighbours of each begin
+    width = ascending - ascending.gather(-1, start)
+    part = (width / (10 * TIE)).long()
+    is_new = is_new | F.pad(part.diff(dim=-1) > 0, (1, 0))
+    return is_new.cumsum(dim=-1)
+
+
 # One round
+
+
+def apply_operator(
+    operator: Operator, keys: Tensor, values: Tensor, keep: int
+) -> tuple[Tensor, Tensor]:
+    """What an operator makes of keys and values [B, K, n, D]; ValueError for another number."""
+    new_keys, new_values = operator(keys, values, keep)
+    if new_keys.shape[2] != keep or new_values.shape[2] != keep:
+        raise ValueError(
+            f"operator: gave {new_keys.shape[2]} keys and {new_values.shape[2]} values, "
+            f"must give {keep} of each"
+        )
+    return new_keys, new_values
 
 
 def compress(
@@ -152,12 +180,7 @@ def compress(
     sizes = [config.sinks, config.span, config.recent]
     sink_keys, span_keys, recent_keys = torch.split(keys, sizes, dim=2)
     sink_values, span_values, recent_values = torch.split(values, sizes, dim=2)
-    kept_keys, kept_values = operator(span_keys, span_values, config.keep)
-    if kept_keys.shape[2] != config.keep or kept_values.shape[2] != config.keep:
-        raise ValueError(
-            f"operator: gave {kept_keys.shape[2]} keys and {kept_values.shape[2]} values, "
-            f"must give {config.keep} of each"
-        )
+    kept_keys, kept_values = apply_operator(operator, span_keys, span_values, config.keep)
     keys = torch.cat((sink_keys, kept_keys, recent_keys), dim=2)  # [B, K, N - stride, D]
     values = torch.cat((sink_values, kept_values, recent_values), dim=2)
     return keys, values
@@ -178,7 +201,7 @@ class FreqKVAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
-        _check_shapes(q, k, v)
+        check_shapes(q, k, v)
         config = self.config
         time = q.shape[2]
         edges = [0, *range(config.window, time, config.stride), time]  # a round at each inner edge
@@ -196,7 +219,7 @@ class FreqKVAttention:
             keys = torch.cat((keys, k_new), dim=2)
             values = torch.cat((values, v_new), dim=2)
             # Positions are slots: the old are counted anew, the new stand in slots from `start`.
-            outs.append(_attend(rope(q_new, start), rope(keys, 0), values))
+            outs.append(masked_attention(rope(q_new, start), rope(keys, 0), values))
         return torch.cat(outs, dim=2)
 
 
@@ -264,7 +287,7 @@ class FreqKVCache:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
-        _check_shapes(q, k, v)
+        check_shapes(q, k, v)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError(
                 "q, k, v: need gradients, which a cache does not give; "
@@ -293,7 +316,7 @@ class FreqKVCache:
             keys[:, :, used:end] = rope(k[:, :, start:stop], used)
             values[:, :, used:end] = v[:, :, start:stop]
             q_new = rope(q[:, :, start:stop], used)
-            out[:, :, start:stop] = _attend(q_new, keys[:, :, :end], values[:, :, :end])
+            out[:, :, start:stop] = masked_attention(q_new, keys[:, :, :end], values[:, :, :end])
             seen += count
             start = stop
         self._tokens[layer] = seen
@@ -370,7 +393,8 @@ class FreqKVCache:
         """
         self._check_whole()
         index = torch.as_tensor(rows, device="cpu")
-        if index.ndim != 1 or len(index) == 0 or index.min() < 0 or index.max() >= self.batch:
+        is_list = index.ndim == 1 and len(index) > 0 and index.dtype in (torch.int32, torch.int64)
+        if not is_list or index.min() < 0 or index.max() >= self.batch:
             raise ValueError(f"rows: were {rows}, must be numbers of rows, below {self.batch}")
         keys = {}
         values = {}
@@ -432,7 +456,7 @@ class FreqKVCache:
 
         operator: what it was read with. ValueError for a state that is not whole.
         """
-        layers = [name[2:] for name in state if name.startswith("k.")]
+        layers = [name[2:] for name in state if re.fullmatch("k\\.[0-9]+", name)]
         names = {cls.config_name, "tokens"}
         for layer in layers:
             names |= {f"k.{layer}", f"v.{layer}"}
@@ -473,7 +497,7 @@ class FreqKVCache:
 # Attention
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
 
     The same function stands in model.py and in freqkv.py, so that each can be taken alone.
@@ -501,7 +525,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q is [B, H, T, D], and k and v are [B, K, T, D], with K dividing H."""
     alike = q.ndim == 4 and k.ndim == 4 and k.shape == v.shape
     alike = alike and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]

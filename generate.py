@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 import cli
 from cli import Cache
-from freqkv import FreqKVCache, lowband
+from freqkv import FreqKVCache, distinct, lowband, newest
 from levels import LevelsCache, LevelsConfig
 from model import Llama
 from weights import Tokenizer, chat_stops, chat_tokens, load_tokenizer
 from weights.files import decode_text, name_file, read_text, write_beside
 
 Step = Callable[[Tensor], Tensor]
+ROUNDS = {lowband: "compression", distinct: "selection", newest: "eviction"}
 
 # Sampling
 
@@ -127,7 +128,7 @@ def read(model: Llama, tokens: Tensor, cache: Cache, chunk: int, progress: bool 
 
 
 @torch.no_grad()
-def read_token(model: Llama, cache: Cache, tokens: Tensor) -> Tensor:
+def read_token(model: Llama, tokens: Tensor, cache: Cache) -> Tensor:
     """Read tokens [B], one for each row, into the cache; logits [B, V] after it."""
     hidden = model.hidden(tokens[:, None], cache)
     return model.logits(hidden[:, -1])
@@ -310,7 +311,7 @@ def make_parser() -> cli.Parser:
     add("--cache", choices=cli.CACHES, help=f"{text} [as tuned; else freqkv]")
     cli.add_schedule_flags(cache)
     add("--save-cache", type=Path, help="write what was read to this file (safetensors)")
-    add("--load-cache", type=Path, help="go on from such a file; its settings are the defaults")
+    add("--load-cache", type=Path, help="go on from such a file, with its cache and settings")
     text = "write by one compiled graph (steady.py), which takes a minute or more to make"
     add("--compile", action="store_true", help=text)
 
@@ -389,16 +390,17 @@ def continue_text(
 
 def make_step(model: Llama, cache: Cache, compiled: bool) -> Step:
     """What reads single tokens into the cache."""
-    if compiled and isinstance(cache, FreqKVCache):
+    if compiled:
         from steady import Steady  # with the compiler, which takes seconds to import
 
         return Steady(model, cache)
-    return partial(read_token, model, cache)
+    return partial(read_token, model, cache=cache)
 
 
 def collect_row(steps: Iterator[list[int | None]], row: list[int]) -> Iterator[int]:
     """The ids of the only row of `write`, each also put into `row`."""
-    for (token,) in steps:
+    for ids in steps:
+        token = ids[0]
         if token is not None:
             row.append(token)
             yield token
@@ -415,9 +417,9 @@ def summarize(
     ]
     memory = f"cache: {cli.format_bytes(cache.nbytes)}"
     if isinstance(cache, FreqKVCache):
-        what = "compression" if cache.operator is lowband else "selection"
         lines.append(
-            f"{cli.format_count(cache.rounds, 'round')} of {what}; {cache.slots:,} of "
+            f"{cli.format_count(cache.rounds, 'round')} of {ROUNDS[cache.operator]}; "
+            f"{cache.slots:,} of "
             f"{cache.config.window:,} slots in use after {cache.tokens_seen:,} tokens"
         )
         each = cache.nbytes / cache.config.window  # bytes of a token's keys and values

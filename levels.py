@@ -24,7 +24,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from freqkv import FreqKVCache, Operator, Rotate, _attend, _check_shapes, lowband
+from freqkv import (
+    FreqKVCache,
+    Operator,
+    Rotate,
+    apply_operator,
+    check_shapes,
+    lowband,
+    masked_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,12 @@ def compact(
     old_keys, pair_keys, recent_keys = torch.split(keys, sizes, dim=2)
     old_values, pair_values, recent_values = torch.split(values, sizes, dim=2)
     # An operator works along dim 2, on every head alone, so pairs of blocks may stand as heads do.
-    batch, heads, _, dim = keys.shape
-    pair_keys = pair_keys.reshape(batch, heads * pairs, 2 * config.block, dim)
-    pair_values = pair_values.reshape(batch, heads * pairs, 2 * config.block, dim)
-    new_keys, new_values = operator(pair_keys, pair_values, config.block)
-    new_keys = new_keys.reshape(batch, heads, config.block * pairs, dim)
-    new_values = new_values.reshape(batch, heads, config.block * pairs, dim)
+    batch, kv_heads, _, dim = keys.shape
+    pair_keys = pair_keys.reshape(batch, kv_heads * pairs, 2 * config.block, dim)
+    pair_values = pair_values.reshape(batch, kv_heads * pairs, 2 * config.block, dim)
+    new_keys, new_values = apply_operator(operator, pair_keys, pair_values, config.block)
+    new_keys = new_keys.reshape(batch, kv_heads, config.block * pairs, dim)
+    new_values = new_values.reshape(batch, kv_heads, config.block * pairs, dim)
     keys = torch.cat((old_keys, new_keys, recent_keys), dim=2)
     values = torch.cat((old_values, new_values, recent_values), dim=2)
     return keys, values
@@ -133,7 +141,7 @@ class LevelsAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rotate) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], not rotated, to out [B, H, T, D]."""
-        _check_shapes(q, k, v)
+        check_shapes(q, k, v)
         config = self.config
         time = q.shape[2]
         edges = [0, *range(config.room(0), time, 2 * config.block), time]  # a round at inner edges
@@ -150,7 +158,7 @@ class LevelsAttention:
             start = keys.shape[2]
             keys = torch.cat((keys, k_new), dim=2)
             values = torch.cat((values, v_new), dim=2)
-            outs.append(_attend(rope(q_new, start), rope(keys, 0), values))
+            outs.append(masked_attention(rope(q_new, start), rope(keys, 0), values))
         return torch.cat(outs, dim=2)
 
 

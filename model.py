@@ -167,13 +167,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, Rope], Tensor]
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
     """The strategy of a plain LLaMA: the whole text in one call, positions from 0, no memory."""
-    return _attend(rope(q), rope(k), v)
+    return masked_attention(rope(q), rope(k), v)
 
 
 class FullCache:
-    """The plain KV cache: remembers all of up to `capacity` tokens, and gives no gradients.
+    """The plain KV cache: remembers all of up to `capacity` tokens, without gradients.
 
-    Keys are stored rotated. After a call that failed, reset() it.
+    Keys are stored rotated.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -197,11 +197,18 @@ class FullCache:
         buffers = [*self._keys.values(), *self._values.values()]
         return sum(buffer.nbytes for buffer in buffers)
 
-    @torch.no_grad()
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         """q [B, H, T, D], k and v [B, K, T, D], unrotated; ValueError beyond the capacity."""
-        if k.shape != v.shape:
-            raise ValueError(f"v: was {tuple(v.shape)}, must be as k is, {tuple(k.shape)}")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "q, k, v: need gradients, which a cache does not give; "
+                "train with causal_attention, or read under torch.no_grad()"
+            )
+        self._check_order(layer, time=k.shape[2])
+        with torch.no_grad():
+            return self._read(layer, q, k, v, rope)
+
+    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
         if layer not in self._keys:
             shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
             with torch.inference_mode(False):  # writable outside that mode too
@@ -214,15 +221,36 @@ class FullCache:
             raise ValueError(f"text: was {stop} tokens, must be at most capacity, {self.capacity}")
         keys = self._keys[layer]
         values = self._values[layer]
-        if k.shape[:2] != keys.shape[:2] or k.shape[3] != keys.shape[3]:
-            raise ValueError(f"k: was {tuple(k.shape)}, must fit the cache, {tuple(keys.shape)}")
+        fits = k.shape[:2] == keys.shape[:2] and k.shape[3] == keys.shape[3]
+        if not fits or v.shape != k.shape or k.dtype != keys.dtype or v.dtype != keys.dtype:
+            raise ValueError(
+                f"k, v: were {tuple(k.shape)} {k.dtype}, {tuple(v.shape)} {v.dtype}, "
+                f"must fit the cache, {tuple(keys.shape)} {keys.dtype}"
+            )
         keys[:, :, start:stop] = rope(k, start)
         values[:, :, start:stop] = v
         self._tokens[layer] = stop
-        return _attend(rope(q, start), keys[:, :, :stop], values[:, :, :stop])
+        return masked_attention(rope(q, start), keys[:, :, :stop], values[:, :, :stop])
+
+    def _check_order(self, layer: int, time: int) -> None:
+        """ValueError where the call before this one failed half way, so that layers are apart.
+
+        At the first layer all must have read the same. A layer that comes for the first time does
+        so in the first call of all, of which the first layer has read `time` tokens.
+        """
+        first = next(iter(self._tokens), layer)
+        if layer == first:
+            whole = len(set(self._tokens.values())) <= 1
+        else:
+            whole = layer in self._tokens or self._tokens[first] == time
+        if not whole:
+            raise ValueError(
+                "cache: was left half way by a call that failed, so its layers have not read the "
+                "same text; reset() it, and read the text again"
+            )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the T newest of n positions: q [B, H, T, D] over k, v [B, K, n, D].
 
     The same function stands in model.py and in freqkv.py, so that each can be taken alone.

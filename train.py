@@ -207,7 +207,11 @@ def make_parser() -> cli.Parser:
     text = "low-rank updates of q, k, v, o, and what --train names"
     add("--lora", action="store_true", help=text)
     add("--rank", type=count, help=f"of the updates {show_default('rank')}")
-    add("--alpha", type=real, help=f"the updates are scaled by alpha/rank {show_default('alpha')}")
+    add(
+        "--alpha",
+        type=cli.real(0, 1e30, above=True),
+        help=f"the updates are scaled by alpha/rank {show_default('alpha')}",
+    )
     text = f"what else --lora trains: of embed, norm, or none {show_default('train')}"
     add("--train", help=text)
     text = "write a merged model here: after --lora, or with --adapter at once"
@@ -222,7 +226,7 @@ def make_parser() -> cli.Parser:
     add("--window", type=count, help=text)
     add("--sinks", type=whole, help=f"first tokens, never compressed {show_default('sinks')}")
     text = f"share of the span that a round keeps [{FreqKVConfig.ratio}]"
-    add("--ratio", type=cli.real(0, 1), help=text)
+    add("--ratio", type=cli.real(0, 1, below=True), help=text)
     text = f"newest tokens, left as they are [{FreqKVConfig.recent}; levels: window/4]"
     add("--recent", type=whole, help=text)
     add("--block", type=count, help="slots of a block of levels [window/64]")
@@ -306,7 +310,9 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
     else:
         defaults = {"out": out} | RECIPES.get(recipe, {})
         settings = Settings(**(defaults | given))
-        settings = replace(settings, **tuned_slots(settings, given))
+        if settings.adapter:
+            tuned = cli.tuned_settings(settings.model, settings.adapter)
+            settings = replace(settings, **cli.keep_tuned(tuned, given))
     check_used(given, settings, resume)
     if settings.merge and settings.merge != merge:
         check_new(Path(settings.merge))
@@ -328,22 +334,6 @@ def name_folder(given: dict[str, Any], recipe: str) -> str:
         start = Path(given["init"]).resolve().parent
     ending = "-sft" if "sft" in given else ""
     return f"runs/{start.name.removesuffix('.gguf')}-{recipe}{ending}"
-
-
-def tuned_slots(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
-    """The attention and the slots of the adapter that a run goes on from, where no flag gives them.
-
-    With another window or schedule, what depends on these is left at its default.
-    """
-    if not settings.adapter:
-        return {}
-    tuned = cli.tuned_settings(settings.model, settings.adapter)
-    names = ["attention", *cli.SETTINGS]
-    if given.get("schedule") not in (None, tuned.get("schedule", "paper")):
-        names = ["attention", "window", "sinks"]
-    elif "window" in given:
-        names = ["attention", "schedule", "sinks", "ratio"]
-    return {name: tuned[name] for name in names if name in tuned and name not in given}
 
 
 def check_new(folder: Path) -> None:
@@ -987,8 +977,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     device = cli.choose_device(settings.device)
     dtype = cli.choose_dtype(settings.dtype, device)
     model = make_model(settings, device, dtype)
-    slots = {name: getattr(settings, name) for name in cli.SETTINGS}
-    schedule = cli.make_schedule(slots, model.config)
+    schedule = cli.make_schedule(cli.given_settings(settings), model.config)
     if settings.vary:
         check_varied(schedule)
     seq_len = settings.seq_len

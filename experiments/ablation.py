@@ -26,7 +26,7 @@ def make_parser() -> cli.Parser:
     harness.add_flags(parser)
     harness.add_window_flags(parser, "one number [4 times the window]")
     add = parser.add_argument
-    ratios = cli.several(cli.real(0, 1))
+    ratios = cli.several(cli.real(0, 1, below=True))
     counts = cli.several(cli.integer(0))
     add("--ratios", type=ratios, default="0.25,0.5,0.75", metavar="R,R", help="[%(default)s]")
     add("--sink-counts", type=counts, default="0,4", metavar="N,N", help="[%(default)s]")

@@ -242,7 +242,7 @@ def add_flags(parser: cli.Parser) -> None:
     add("--steps", type=integer(1), default=800, help="of training, each [%(default)s]")
     add("--slots", type=integer(16), default=64, help="of all strategies but full [%(default)s]")
     text = "share of the span that a round keeps [%(default)s]"
-    add("--ratio", type=cli.real(0, 1), default=0.5, help=text)
+    add("--ratio", type=cli.real(0, 1, below=True), default=0.5, help=text)
     add("--facts", type=cli.several(integer(1, 64)), default="8", metavar="N,N",
         help="facts in a text, with commas [%(default)s]")  # fmt: skip
     add("--train-length", type=integer(64), default=256, help="tokens [%(default)s]")

@@ -170,7 +170,7 @@ def answer(
         tokens = cut_middle(prompt, model.config.max_position_embeddings - limit)
     cache = strategy.make_cache(len(tokens) + limit)
     logits = read(model, tokens[None], cache, chunk)
-    step = partial(read_token, model, cache)
+    step = partial(read_token, model, cache=cache)
     steps = write(step, logits, stop_ids, limit, Sampling(temperature=0))
     ids = (row[0] for row in steps)
     prediction = "".join(tokenizer.stream(ids, tokens[-8:].tolist()))

@@ -26,7 +26,7 @@ from weights.blank import blank_model
 from weights.safetensors_dir import config_json
 
 # Takes tokens [1, T], and gives the logits [1, V] after the last of them.
-Step = Callable[[Tensor], Tensor]
+Reader = Callable[[Tensor], Tensor]
 
 BLOCK = 1024  # random tokens, which come again and again in a longer cache
 
@@ -173,7 +173,7 @@ def fill_full_cache(model: Llama, tokens: int, more: int) -> FullCache:
     return cache
 
 
-def make_step(model: Llama, cache: FreqKVCache | FullCache) -> Step:
+def make_reader(model: Llama, cache: FreqKVCache | FullCache) -> Reader:
     """Our model, reading with that cache."""
     return lambda tokens: model.logits(model.hidden(tokens, cache)[:, -1])
 
@@ -214,7 +214,7 @@ def fill_their_cache(model: Llama, tokens: int) -> Any:
     return cache
 
 
-def make_their_step(twin: Any, cache: Any) -> Step:
+def make_their_reader(twin: Any, cache: Any) -> Reader:
     """The model of `transformers`, reading with that cache."""
 
     # Some versions call `cache` what is `past_key_values` in the others.
@@ -228,7 +228,9 @@ def make_their_step(twin: Any, cache: Any) -> Step:
     return step
 
 
-def other_steps(model: Llama, lengths: Sequence[int], more: int) -> Iterator[tuple[str, int, Step]]:
+def other_steps(
+    model: Llama, lengths: Sequence[int], more: int
+) -> Iterator[tuple[str, int, Reader]]:
     """What FreqKV is beside: a name, how many tokens were read, and a step after them.
 
     A step can read `more` tokens. What does not fit into memory, or is not installed, is left out,
@@ -236,7 +238,7 @@ def other_steps(model: Llama, lengths: Sequence[int], more: int) -> Iterator[tup
     """
     for tokens in lengths:
         if fits_memory("full cache", model, tokens):
-            yield "full cache", tokens, make_step(model, fill_full_cache(model, tokens, more))
+            yield "full cache", tokens, make_reader(model, fill_full_cache(model, tokens, more))
     try:
         twin = make_twin(model)
     except ImportError:
@@ -244,4 +246,4 @@ def other_steps(model: Llama, lengths: Sequence[int], more: int) -> Iterator[tup
         return
     for tokens in lengths:
         if fits_memory("transformers", model, tokens):
-            yield "transformers", tokens, make_their_step(twin, fill_their_cache(model, tokens))
+            yield "transformers", tokens, make_their_reader(twin, fill_their_cache(model, tokens))

@@ -32,7 +32,12 @@ def make_parser() -> cli.Parser:
     harness.add_window_flags(parser, "with commas [the window, 2, 4, 8 times it]")
     text = "measure FreqKV also with a ratio for each layer, as `by-layer`; see spectrum --suggest"
     add = parser.add_argument
-    add("--layer-ratios", type=cli.several(cli.real(0, 1), repeats=True), metavar="R,R", help=text)
+    add(
+        "--layer-ratios",
+        type=cli.several(cli.real(0, 1, below=True), repeats=True),
+        metavar="R,R",
+        help=text,
+    )
     return parser
 
 

@@ -224,7 +224,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="experiments.spectrum", description=__doc__)
     harness.add_flags(parser)
     add = parser.add_argument
-    ratios = cli.several(cli.real(0, 1))
+    ratios = cli.several(cli.real(0, 1, below=True))
     text = "shares of the span to keep, for errors [%(default)s]"
     add("--ratios", type=ratios, default="0.125,0.25,0.5,0.75", metavar="R,R", help=text)
     mean = cli.real(LEAST / 100, MOST / 100)

@@ -119,7 +119,7 @@ def time_calls(
     return seconds
 
 
-def time_tokens(step: peers.Step, count: int, device: torch.device) -> list[float]:
+def time_tokens(step: peers.Reader, count: int, device: torch.device) -> list[float]:
     """Seconds of each of `count` greedy tokens, after WARM that are not timed."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
 
@@ -137,7 +137,7 @@ def time_rounds(model: Llama, schedule: FreqKVConfig, tokens: int) -> list[float
     seconds = []
     for _ in range(1 + ROUNDS):
         cache = peers.fill_freqkv_cache(model, tokens, schedule)
-        step = peers.make_step(model, cache)
+        step = peers.make_reader(model, cache)
         seconds += time_calls(partial(step, token), 1, device, warm=0)
         cache.reset()  # its memory is free before the next one is filled
     return seconds[1:]  # the first also made the matrices
@@ -153,7 +153,7 @@ def time_freqkv(
     """
     end = find_round(schedule, tokens)
     cache = peers.fill_freqkv_cache(model, end - count - WARM, schedule)
-    step = peers.make_step(model, cache)
+    step = peers.make_reader(model, cache)
     between = time_tokens(step, count, model.norm.weight.device)
     cache.reset()
     return between, time_rounds(model, schedule, end)
@@ -273,7 +273,7 @@ def roofline(setup: Setup) -> list[Record]:
         before = measure_bandwidth(sizes.bandwidth, setup.device)
         schedule = make_schedule(sizes.windows[0], model.config)
         cache = peers.fill_freqkv_cache(model, schedule.window - sizes.steps - WARM, schedule)
-        step = peers.make_step(model, cache)
+        step = peers.make_reader(model, cache)
         seconds = median(time_tokens(step, sizes.steps, setup.device))
         total = count_token_bytes(model, schedule.window)
         after = measure_bandwidth(sizes.bandwidth, setup.device)

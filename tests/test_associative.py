@@ -132,7 +132,7 @@ def test_a_run_writes_its_table_and_goes_on(tmp_path, capsys, monkeypatch):
         (["--strategies", "lowband, lowband"], "must be without repeats"),
         (["--facts", "64", "--train-length", "1024", "--lengths", "64"], "--lengths: was 64, must"),
         (["--slots", "8"], "--slots: was '8'"),
-        (["--ratio", "1"], "ratio: was 1.0"),
+        (["--ratio", "1"], "ratio: was '1'"),
     ],
 )
 def test_bad_flags(outcome, tmp_path, flags, says):

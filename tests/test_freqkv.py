@@ -177,6 +177,17 @@ def test_of_equal_keys_distinct_keeps_the_newest_whatever_rounding_says():
     assert [place for place in kept if place < 6] == [place - 6 for place in pairs]
 
 
+def test_distinct_tells_the_keys_of_a_long_span_apart():
+    """There each is closer to its neighbours than rounding; they must not all be one tie."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 1, 50_000, 8, generator=generator) / 4 + 1
+    keep = 25_000
+    values = torch.arange(50_000.0).view(1, 1, -1, 1).expand_as(keys)
+    kept = distinct(keys, values, keep)[1][0, 0, :, 0].tolist()
+    expected = slow_distinct(keys[0, 0].double().numpy(), keep)
+    assert len(set(kept) & set(expected)) > 0.99 * keep
+
+
 def test_gradients_flow_through_what_distinct_keeps():
     keys, values = (x.requires_grad_() for x in random_qkv(20, dtype=torch.float64)[1:])
     kept_keys, kept_values = distinct(keys, values, 5)
@@ -557,7 +568,7 @@ def test_reordered_rows_go_on_from_what_they_are_copies_of(model, rows, seen):
     close(read(model, more, cache), expected, 1e-4)
 
 
-@pytest.mark.parametrize("rows", [[], [3], [-1], [[0]]])
+@pytest.mark.parametrize("rows", [[], [3], [-1], [[0]], [True, False], [0.0]])
 def test_rows_that_are_not_there_are_refused(model, rows):
     cache = FreqKVCache(CONFIG)
     read(model, random_tokens(3, 20), cache)
@@ -772,7 +783,9 @@ def test_compiled_model_decodes_past_rounds_with_few_graphs(model):
 
 
 def test_both_copies_of_attention_are_the_same():
-    assert inspect.getsource(freqkv._attend) == inspect.getsource(model_file._attend)
+    assert inspect.getsource(freqkv.masked_attention) == inspect.getsource(
+        model_file.masked_attention
+    )
 
 
 # On a GPU

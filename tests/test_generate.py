@@ -129,7 +129,7 @@ def test_greedy_writing_equals_a_naive_loop():
     model, tokens = tiny_model(), random_tokens(1, 20)
     for cache in (FreqKVCache(CONFIG), FullCache(60)):
         logits = generate.read(model, tokens, cache, 8)
-        step = partial(generate.read_token, model, cache)
+        step = partial(generate.read_token, model, cache=cache)
         rows = list(generate.write(step, logits, (), 30, GREEDY))
         text = tokens
         for _ in range(30):
@@ -145,7 +145,7 @@ def test_rows_stop_one_by_one():
     def written(stop):
         cache = FreqKVCache(CONFIG)
         logits = generate.read(model, tokens, cache, 8)
-        step = partial(generate.read_token, model, cache)
+        step = partial(generate.read_token, model, cache=cache)
         return list(generate.write(step, logits, stop, 10, GREEDY))
 
     free = written(())
@@ -167,6 +167,15 @@ def test_same_seed_same_text(script):
     first, again, other = (script(*flags, "--seed", seed) for seed in (1, 1, 2))
     assert first.code == 0
     assert first.out == again.out != other.out
+
+
+@pytest.mark.parametrize(
+    ("cache", "what"),
+    [("freqkv", "compression"), ("distinct", "selection"), ("window", "eviction")],
+)
+def test_the_summary_says_what_a_round_does(script, cache, what):
+    ran = script("--prompt", STORY, "--cache", cache, "--max-new-tokens", 1)
+    assert re.search(rf"\d rounds? of {what}; \d+ of 32 slots", ran.err)
 
 
 def test_summary_and_streams(script):
@@ -246,8 +255,18 @@ def test_settings_of_one_schedule_are_not_those_of_another():
     levels = {"schedule": "levels", "window": 64, "sinks": 2, "recent": 8, "block": 4}
     assert make_schedule({"block": 2}, model, levels) == LevelsConfig(64, 2, 8, 2)
     assert make_schedule({"schedule": "paper"}, model, levels) == FreqKVConfig(64, 2)
-    with pytest.raises(ValueError, match="schedule: was 'other', must be of paper, levels"):
-        make_schedule({}, model, {"schedule": "other"})
+    with pytest.raises(ValueError, match="must be with --schedule paper"):
+        make_schedule({"ratio": 0.5}, model, levels)
+
+
+def test_another_window_leaves_behind_what_was_tuned_for_the_first():
+    model = tiny_config(max_position_embeddings=600)
+    rounds = {"attention": "distinct", "window": 64, "sinks": 2, "ratio": 0.25, "recent": 40}
+    assert make_schedule({"window": 64}, model, rounds) == FreqKVConfig(64, 2, 0.25, 40)
+    assert make_schedule({"window": 32}, model, rounds) == FreqKVConfig(32, 2, 0.25, 0)
+    assert make_schedule({"window": 32, "recent": 8}, model, rounds) == FreqKVConfig(32, 2, 0.25, 8)
+    levels = {"schedule": "levels", "window": 64, "sinks": 2, "recent": 8, "block": 4}
+    assert make_schedule({"window": 128}, model, levels) == LevelsConfig(128, 2, 32, 2)
 
 
 def test_the_cache_of_a_tuned_model_is_the_default(checkpoint, tmp_path, monkeypatch):
@@ -448,7 +467,7 @@ def fails(ran, says):
         (["--prompt", " \n"], "prompt: was empty"),
         (["--prompt", "def a", "--prompt", "def a(x, y, z)"], r"--prompt: a batch was of \d+, \d+"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-        (["--ratio", "1"], "ratio: was 1.0"),
+        (["--ratio", "1"], "--ratio: was '1', must be a number, 0 or more, below 1"),
         (["--ratio=-0.5"], "--ratio: was '-0.5', must be a number, 0 or more"),
         (["--ratio", "nan"], "--ratio: was 'nan'"),
         (["--ratio", "half"], "--ratio"),
@@ -460,8 +479,11 @@ def fails(ran, says):
         (["--top-p", "0"], "--top-p: was '0'"),
         (["--top-k", "0"], "--top-k: was '0'"),
         (["--chunk", "0"], "--chunk: was '0'"),
-        (["--block", "2"], "--block: was 2, must be without --schedule paper"),
-        (["--schedule", "levels", "--ratio", "0.25"], "--ratio: was 0.25, must be without --sched"),
+        (["--block", "2"], "--block: was 2, must be with --schedule levels"),
+        (
+            ["--schedule", "levels", "--ratio", "0.25"],
+            "--ratio: was 0.25, must be with --schedule p",
+        ),
         (["--schedule", "levels", "--block", "16"], "window: was 32, must be at least .* 76"),
         (
             ["--cache", "full", "--prompt", STORY * 3],
@@ -583,7 +605,7 @@ def test_bf16_generation_past_the_window(checkpoint, device):
     model = load_model(checkpoint, torch.bfloat16, device)
     cache = FreqKVCache(CONFIG)
     logits = generate.read(model, random_tokens(1, 100, vocab_size=400), cache, 33)
-    step = partial(generate.read_token, model, cache)
+    step = partial(generate.read_token, model, cache=cache)
     rows = list(generate.write(step, logits, (), 40, Sampling(0.8)))
     assert len(rows) == 40
     assert cache.rounds > 5

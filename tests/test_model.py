@@ -189,13 +189,42 @@ def test_full_cache_refuses_what_it_cannot_hold(model):
     with pytest.raises(ValueError, match=r"\(1, "):
         read(model, random_tokens(1, 1), cache)
     q = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="must be as k is"):
-        FullCache(10)(0, q, q, q[:, :, :1], lambda x, start=0: x)
+    for v in (q[:, :, :1], q.bfloat16()):
+        with pytest.raises(ValueError, match=r"must fit the cache, \(1, 2, 10, 8\) torch.float32"):
+            FullCache(10)(0, q, q, v, lambda x, start=0: x)
     cache.reset()
     assert (cache.tokens_seen, cache.nbytes) == (0, 0)
     close(
         read(model, random_tokens(1, 8), cache), read(model, random_tokens(1, 8), FullCache(8)), 0
     )
+
+
+def test_full_cache_refuses_inputs_that_need_gradients(model):
+    cache = FullCache(10)
+    with pytest.raises(ValueError, match="train with causal_attention"):
+        model(random_tokens(1, 4), cache)
+    assert cache.tokens_seen == 0
+
+
+@pytest.mark.parametrize("seen", [0, 10])
+@torch.no_grad()
+def test_full_cache_notices_a_call_that_stopped_between_layers(model, seen):
+    cache = FullCache(40)
+    if seen > 0:  # else it is the first call of all
+        model(random_tokens(1, seen), cache)
+
+    def stops(layer, q, k, v, rope):
+        if layer == 1:
+            raise KeyboardInterrupt
+        return cache(layer, q, k, v, rope)
+
+    with pytest.raises(KeyboardInterrupt):
+        model(random_tokens(1, 3), stops)
+    with pytest.raises(ValueError, match="half way"):
+        model(random_tokens(1, 4), cache)
+    cache.reset()
+    model(random_tokens(1, 4), cache)
+    assert cache.tokens_seen == 4
 
 
 def test_full_cache_filled_in_inference_mode_goes_on_outside(model):

@@ -440,7 +440,7 @@ BAD = {
     ("--model", "no/such"): "no/such",
     ("--data", "no/such"): "no/such held no file with content",
     ("--layer-ratios", "0.5"): "--layer-ratios: were 1, must be 2, as many as layers",
-    ("--layer-ratios", "0.5,1"): r"ratio: was 1.0, must be a number in \[0, 1\)",
+    ("--layer-ratios", "0.5,1"): "--layer-ratios: was '1', must be a number",
     ("--out", "FILE"): "--out: .*: File exists, must be a folder, or new",
     ("--data", "FILE"): "file: was not UTF-8 at byte 6, must be text",
 }
@@ -448,7 +448,7 @@ BAD_GRID = {
     ("--ratio", "0.5"): "--ratio: was given, must be --ratios here",
     ("--sinks", "0"): "--sinks: was given, must be --sink-counts here",
     ("--recent", "0"): "--recent: was given, must be --recents here",
-    ("--ratios", "0.5,1"): r"ratio: was 1.0, must be a number in \[0, 1\)",
+    ("--ratios", "0.5,1"): "--ratios: was '1', must be a number, 0 or more, below 1",
     ("--sink-counts", "0,16"): "must be below window, 16",
     ("--lengths", "40,60"): r"--lengths: was \[40, 60\], must be one",
     ("--strategies", "full"): "--strategies: was full alone, must have one with slots",

@@ -8,8 +8,10 @@ import re
 import shlex
 
 import pytest
+import torch
 
 from tests.helpers import ROOT, smollm2_path
+from weights import load_model
 
 README = (ROOT / "README.md").read_text()
 PAGES = [
@@ -42,6 +44,19 @@ def test_python_of_the_method_page_runs(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == re.search(r"print\(cache.*#(.*)", block)[1].strip()
     assert printed[1] == "tensor(True)"
+
+
+def test_weights_for_a_copied_model(monkeypatch):
+    page = (ROOT / "docs/copy.md").read_text()
+    (block,) = re.findall(r"```py\n(import dataclasses.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(ROOT / "weights/tiny")
+    made = {}
+    exec(block, made)
+    expected = load_model("tiny").state_dict()
+    found = made["model"].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert made["config"] == load_model("tiny").config
 
 
 def test_the_layer_of_the_first_page_is_that_of_the_example():

@@ -377,7 +377,7 @@ def test_constant_keys_can_be_drawn(figure, tmp_path):
     [
         (["--window", 65], "--window: was 65, must be at most the model's 64"),
         (["--ratios", "0.5,2"], "--ratios: was '2', must be a number"),
-        (["--ratios", "1"], "--ratios: was 1 with a span of 60 slots, must be lower"),
+        (["--ratios", "1"], "--ratios: was '1', must be a number, 0 or more, below 1"),
         (["--ratios", ""], "--ratios: was ''"),
         (["--window", 5], "--ratios: was 0.75 with a span of 1 slots, must be lower"),
         (["--suggest", "0.99"], "--suggest: was '0.99', must be a number"),

@@ -132,8 +132,8 @@ def test_the_other_caches_are_as_after_a_text():
     theirs = peers.fill_their_cache(model, 40)
     assert theirs.get_seq_length() == 40
     with torch.no_grad():
-        peers.make_step(model, cache)(random_tokens(1, 1))
-        peers.make_their_step(peers.make_twin(model), theirs)(random_tokens(1, 1))
+        peers.make_reader(model, cache)(random_tokens(1, 1))
+        peers.make_their_reader(peers.make_twin(model), theirs)(random_tokens(1, 1))
     assert cache.tokens_seen == theirs.get_seq_length() == 41
 
 
@@ -145,13 +145,13 @@ def test_a_step_depends_on_what_its_cache_holds(name):
     def first_logits(seed):
         torch.manual_seed(seed)
         if name == "freqkv":
-            step = peers.make_step(model, peers.fill_freqkv_cache(model, 40, CONFIG))
+            step = peers.make_reader(model, peers.fill_freqkv_cache(model, 40, CONFIG))
         elif name == "full":
-            step = peers.make_step(model, peers.fill_full_cache(model, 40, 1))
+            step = peers.make_reader(model, peers.fill_full_cache(model, 40, 1))
         else:
             pytest.importorskip("transformers")
             twin = peers.make_twin(model)
-            step = peers.make_their_step(twin, peers.fill_their_cache(model, 40))
+            step = peers.make_their_reader(twin, peers.fill_their_cache(model, 40))
         with torch.no_grad():
             return step(random_tokens(1, 1))
 
@@ -184,9 +184,9 @@ def test_peers_agree_on_the_same_keys_and_values(monkeypatch, tokens):
 
     with torch.no_grad():
         given(keys, values)
-        ours = peers.make_step(model, peers.fill_full_cache(model, tokens, 2))
+        ours = peers.make_reader(model, peers.fill_full_cache(model, tokens, 2))
         given(model.rope(keys), values)  # theirs takes keys as they are; our cache rotates them
-        theirs = peers.make_their_step(twin, peers.fill_their_cache(model, tokens))
+        theirs = peers.make_their_reader(twin, peers.fill_their_cache(model, tokens))
         for _ in range(2):
             assert_close(theirs(random_tokens(1, 1)), ours(random_tokens(1, 1)))
 
@@ -199,8 +199,8 @@ def test_both_make_the_logits_of_the_last_token_alone():
     for head in (model.lm_head, twin.lm_head):
         head.register_forward_hook(lambda head, inputs, logits: widths.append(logits.numel()))
     with torch.no_grad():
-        peers.make_step(model, peers.fill_full_cache(model, 9, 5))(random_tokens(1, 5))
-        peers.make_their_step(twin, peers.fill_their_cache(model, 9))(random_tokens(1, 5))
+        peers.make_reader(model, peers.fill_full_cache(model, 9, 5))(random_tokens(1, 5))
+        peers.make_their_reader(twin, peers.fill_their_cache(model, 9))(random_tokens(1, 5))
     assert widths == [50, 50]
 
 
@@ -308,7 +308,7 @@ def test_decoding_by_a_compiled_graph(setup, monkeypatch):
 
 def watch_steps(monkeypatch, note):
     """Have `note(cache, tokens)` called after each step of ours."""
-    make_step = peers.make_step
+    make_step = peers.make_reader
 
     def make_watched(model, cache):
         step = make_step(model, cache)
@@ -320,7 +320,7 @@ def watch_steps(monkeypatch, note):
 
         return watched
 
-    monkeypatch.setattr(peers, "make_step", make_watched)
+    monkeypatch.setattr(peers, "make_reader", make_watched)
 
 
 def test_the_round_that_makes_the_matrices_does_not_count(clock, monkeypatch):

@@ -48,7 +48,7 @@ def test_it_decodes_what_the_cache_does(model, name, read):
     model(tokens[:, :read], other)
     step = Steady(model, other, as_it_is)
     for place in range(read, 110):
-        assert_close(step(tokens[:, place]), read_token(model, plain, tokens[:, place]))
+        assert_close(step(tokens[:, place]), read_token(model, tokens[:, place], plain))
         assert other.tokens_seen == plain.tokens_seen == place + 1
     assert other.rounds == plain.rounds > 5
     # Whoever goes on with the cache, finds it as any other.
@@ -65,7 +65,7 @@ def test_one_graph_for_all_tokens(model):
     torch._dynamo.utils.counters.clear()
     step = Steady(model, other, compile_eagerly)
     for place in range(5, 90):
-        assert_close(step(tokens[:, place]), read_token(model, plain, tokens[:, place]))
+        assert_close(step(tokens[:, place]), read_token(model, tokens[:, place], plain))
     assert other.rounds > 5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -108,7 +108,7 @@ def test_a_wrong_token_leaves_the_cache_whole(model):
     for wrong in (tokens[0, 0], tokens[:, :1], tokens[:1, 0], tokens[:, 0].to("meta")):
         with pytest.raises(ValueError, match=r"tokens: were .*, must be \[2\] on cpu"):
             step(wrong)
-    assert_close(step(tokens[:, 24]), read_token(model, plain, tokens[:, 24]))
+    assert_close(step(tokens[:, 24]), read_token(model, tokens[:, 24], plain))
 
 
 def test_made_in_inference_mode_it_works_outside(model):
@@ -188,5 +188,5 @@ def test_a_cuda_graph_decodes_what_the_cache_does():
     model(tokens[:, :5], other)
     step = Steady(model, other)
     for place in range(5, 90):
-        expected = read_token(model, plain, tokens[:, place])
+        expected = read_token(model, tokens[:, place], plain)
         assert_close(step(tokens[:, place]), expected, atol=1e-4, rtol=1e-4)

@@ -62,7 +62,7 @@ def test_it_writes_what_it_always_wrote(tiny):
     for cache in (FullCache(64), FreqKVCache(FreqKVConfig(256))):
         tokens = torch.tensor([tokenizer.encode("import os\nimport sys\n\n\ndef main(")])
         logits = generate.read(model, tokens, cache, 64)
-        step = partial(generate.read_token, model, cache)
+        step = partial(generate.read_token, model, cache=cache)
         ids = [row[0] for row in generate.write(step, logits, (), 24, greedy)]
         assert tokenizer.decode(ids) == WRITTEN
 

@@ -183,7 +183,7 @@ def test_defaults_by_recipe(tmp_path):
     expected |= {"lr_schedule": "constant", "weight_decay": 0, "steps": 1000, "checkpointing": True}
     expected |= {"out": "runs/llama-lora", "sinks": 4, "schedule": "paper"}
     assert expected.items() <= train.asdict(paper).items()
-    slots = {name: getattr(paper, name) for name in cli.SETTINGS}
+    slots = cli.given_settings(paper)
     assert cli.make_schedule(slots, tiny_config(max_position_embeddings=8192)) == FreqKVConfig()
     assert (FreqKVConfig.ratio, FreqKVConfig.recent) == (0.5, 0)
     assert paper.batch_size * paper.accumulate == 64
@@ -1060,8 +1060,8 @@ BAD = [
     (["--data", "no/such"], "no/such held no file"),
     (["--window", 65], "--window: was 65, must be at most"),
     (["--sinks", 16], "sinks + recent: was 16, must be below window"),
-    (["--ratio", 1], "ratio: was 1.0, must be a number in [0, 1)"),
-    (["--ratio", "0.5,0.5"], "--ratio: was '0.5,0.5', must be a number, 0 or more, at most 1"),
+    (["--ratio", 1], "--ratio: was '1', must be a number, 0 or more, below 1"),
+    (["--ratio", "0.5,0.5"], "--ratio: was '0.5,0.5', must be a number, 0 or more, below 1"),
     (["--seq-len", 10_000], "must be over --seq-len, 10000"),
     (["--distill", 1, "--seq-len", 65], "--seq-len: was 65, must be at most the model's 64"),
     (["--model", "no/such"], "no/such"),
