@@ -12,17 +12,14 @@ data/, the tokens; checkpoints/, the newest and the best, which best.json names;
 model/ or adapter/, which are the last weights, and loss.png.
 """
 
-import argparse
 import copy
 import json
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,13 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
+from checkpoints import Checkpoints
 from data import (
     IGNORE,
     Data,
@@ -48,16 +44,14 @@ from data import (
     read_texts,
     train_tokenizer,
 )
-from freqkv import FreqKVAttention, FreqKVConfig
+from freqkv import FreqKVAttention
 from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
+from settings import Settings, choose_settings, make_parser, merges_at_once
 from weights import Tokenizer, load_model, load_tokenizer, save_model
 from weights.files import (
-    check_folder,
     damaged,
-    name_file,
-    read_json,
     read_json_lines,
     write_beside,
     write_json,
@@ -65,368 +59,10 @@ from weights.files import (
 from weights.safetensors_dir import read_config
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
-
-
-# Settings
-
-CONFLICTS = [
-    ("full", "lora"),
-    ("full", "merge"),
-    ("init", "lora"),
-    ("init", "adapter"),
-    ("sft", "data"),
-]
 VARIED_PARTS = [1, 2, 4]  # of the window, for --vary: all, a half, a fourth
 VARIED_SHARES = [0, 1 / 8, 1 / 4, 1 / 2]  # of that, left to recent tokens
 STARTING = ".starting"  # a mark in --out of a start that is not yet a run
 STARTED = ["data/tokens.tmp", "data/tokens.bin", "data/tokens.json", "tokenizer/tokenizer.model"]
-LEARNING_RATES = ("constant", "cosine")
-# The defaults of a recipe, where they are others.
-RECIPES: dict[str, dict[str, Any]] = {
-    "lora": {"steps": 1000, "batch_size": 1, "accumulate": 64},
-    "init": {
-        "steps": 1000,
-        "lr": 1e-3,
-        "warmup": 100,
-        "lr_schedule": "cosine",
-        "weight_decay": 0.1,
-    },
-}
-# What a resumed run may change: what does not bear on the weights.
-FREE = {"out", "full", "merge", "steps", "eval_every", "save_every", "keep_last", "save_dtype"}
-FREE |= {"device", "checkpointing"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run depends on, as its config.json keeps it.
-
-    The names are those of the flags, and --help says what they mean. What is None is chosen when
-    the run begins, or is not used. ValueError for settings that contradict each other.
-    """
-
-    out: str
-    # Model
-    model: str = "tiny"
-    init: str | None = None
-    tokenizer: str | None = None
-    adapter: str | None = None
-    # Data
-    data: list[str] | None = None
-    bin_dtype: str | None = None
-    sft: str | None = None
-    seq_len: int | None = None
-    val_share: float = 0.05
-    data_sha256: str | None = None  # no flag: a resumed run must find the same data
-    # What is trained
-    full: bool = False
-    lora: bool = False
-    rank: int = 8
-    alpha: float = 16.0
-    train: str = "embed,norm"
-    merge: str | None = None
-    # FreqKV
-    attention: str = "freqkv"
-    schedule: str = "paper"
-    window: int | None = None
-    sinks: int = FreqKVConfig.sinks
-    ratio: float | None = None
-    recent: int | None = None
-    block: int | None = None
-    vary: bool = False
-    distill: float = 0.0
-    # Optimisation
-    steps: int = 100
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 2e-5
-    warmup: int = 20
-    lr_schedule: str = "constant"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    seed: int = 0
-    # Run
-    eval_every: int = 50
-    eval_rows: int = 64
-    save_every: int = 50
-    keep_last: int = 2
-    save_dtype: str | None = None
-    checkpointing: bool = True
-    device: str | None = None
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        for one, other in CONFLICTS:
-            if getattr(self, one) and getattr(self, other):
-                raise ValueError(f"--{one}: was given with --{other}, must be without")
-        if self.merge and not self.lora and not self.adapter:
-            raise ValueError("--merge: was given alone, must be with --lora or --adapter")
-        if self.merge and self.lora and is_inside(Path(self.merge), Path(self.out)):
-            raise ValueError(
-                f"--merge: was {self.merge}, must be outside the run's folder, {self.out}"
-            )
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder itself, or somewhere in it."""
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def make_parser() -> cli.Parser:
-    """The command line. A flag that is not given leaves no trace, so its default is `Settings`'."""
-    parser = cli.Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
-    count = cli.integer(1)
-    whole = cli.integer(0)
-    real = cli.real(0, 1e30)
-    path = cli.name_or_path
-
-    add = parser.add_argument_group("model").add_argument
-    text = f"what to begin from: a name or a path {show_default('model')}"
-    add("--model", type=path, help=text)
-    text = "begin from random weights instead: the config.json of a LLaMA"
-    add("--init", type=path, help=text)
-    text = "a name or a path, or train:SIZE to make one (with --init) [the model's own]"
-    add("--tokenizer", type=path, help=text)
-    text = "LoRA to train on (with --lora) or to merge first; its attention and slots are defaults"
-    add("--adapter", type=path, help=text)
-
-    add = parser.add_argument_group("data").add_argument
-    text = "text files, folders, patterns, or .bin files of tokens [Python's own source]"
-    add("--data", nargs="+", metavar="PATH", help=text)
-    text = "of .bin files [uint16 if the vocabulary fits]"
-    add("--bin-dtype", choices=("uint16", "uint32"), help=text)
-    text = "instruction tuning: JSON of (instruction, output), messages, or parts; or of whole text"
-    add("--sft", type=path, metavar="FILE", help=text)
-    text = "tokens of a row [twice the window; the window for --attention full]"
-    add("--seq-len", type=count, help=text)
-    text = f"share of the data that is held out {show_default('val_share')}"
-    add("--val-share", type=cli.real(0, 0.5), help=text)
-
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--full", action="store_true", help="all weights; the default")
-    text = "low-rank updates of q, k, v, o, and what --train names"
-    add("--lora", action="store_true", help=text)
-    add("--rank", type=count, help=f"of the updates {show_default('rank')}")
-    add(
-        "--alpha",
-        type=cli.real(0, 1e30, above=True),
-        help=f"the updates are scaled by alpha/rank {show_default('alpha')}",
-    )
-    text = f"what else --lora trains: of embed, norm, or none {show_default('train')}"
-    add("--train", help=text)
-    text = "write a merged model here: after --lora, or with --adapter at once"
-    add("--merge", type=path, metavar="FOLDER", help=text)
-
-    add = parser.add_argument_group("FreqKV").add_argument
-    text = "compressed; the most distinct tokens; sinks and newest; or everything"
-    add("--attention", choices=cli.CACHES, help=f"{text} {show_default('attention')}")
-    text = f"rounds of the paper, or a ladder of levels (levels.py) {show_default('schedule')}"
-    add("--schedule", type=schedule_name, help=text)
-    text = f"slots N a layer [{FreqKVConfig.window}, or the model's positions if fewer]"
-    add("--window", type=count, help=text)
-    add("--sinks", type=whole, help=f"first tokens, never compressed {show_default('sinks')}")
-    text = f"share of the span that a round keeps [{FreqKVConfig.ratio}]"
-    add("--ratio", type=cli.real(0, 1, below=True), help=text)
-    text = f"newest tokens, left as they are [{FreqKVConfig.recent}; levels: window/4]"
-    add("--recent", type=whole, help=text)
-    add("--block", type=count, help="slots of a block of levels [window/64]")
-    text = "draw window (all, half or a quarter) and recent (up to half of it) anew for each step"
-    add("--vary", action="store_true", help=text)
-    text = f"share of the loss that imitates full attention {show_default('distill')}"
-    add("--distill", type=cli.real(0, 1), help=text)
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=count, help=f"steps of the optimizer {show_default('steps')}")
-    add("--batch-size", type=count, help=f"rows at a time {show_default('batch_size')}")
-    add("--accumulate", type=count, help=f"batches a step {show_default('accumulate')}")
-    add("--lr", type=real, help=f"learning rate of AdamW {show_default('lr')}")
-    add("--warmup", type=whole, help=f"steps until the full rate {show_default('warmup')}")
-    text = f"of the rate, after the warm-up {show_default('lr_schedule')}"
-    add("--lr-schedule", choices=LEARNING_RATES, help=text)
-    add("--weight-decay", type=real, help=f"of matrices {show_default('weight_decay')}")
-    add("--grad-clip", type=real, help=f"longest gradient; 0: any {show_default('grad_clip')}")
-    text = f"of random weights and of the order of the data {show_default('seed')}"
-    add("--seed", type=whole, help=text)
-
-    add = parser.add_argument_group("run").add_argument
-    add("--out", type=path, metavar="FOLDER", help="the run's folder [runs/MODEL-RECIPE]")
-    text = "go on from the newest checkpoint in --out, if there is one"
-    add("--resume", action="store_true", help=text)
-    text = f"steps between evaluations; 0: at the ends only {show_default('eval_every')}"
-    add("--eval-every", type=whole, help=text)
-    text = f"held-out rows of an evaluation, evenly spaced {show_default('eval_rows')}"
-    add("--eval-rows", type=count, help=text)
-    text = f"steps between checkpoints; 0: at the end only {show_default('save_every')}"
-    add("--save-every", type=whole, help=text)
-    text = f"checkpoints to keep, beside the best {show_default('keep_last')}"
-    add("--keep-last", type=count, help=text)
-    text = "of the last model [bfloat16], or adapter [float32]"
-    add("--save-dtype", choices=("bfloat16", "float32"), help=text)
-    text = f"compute layers again in backward, to save memory {show_default('checkpointing')}"
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help=text)
-    add("--device", help="cpu, cuda, cuda:1, ... [cuda where there is one]")
-    text = "of products and frozen weights [bfloat16 on cuda, float32 elsewhere]"
-    add("--dtype", choices=("bfloat16", "float32"), help=text)
-    return parser
-
-
-def schedule_name(text: str) -> str:
-    """The type of --schedule, which was the learning rate's once."""
-    if text in LEARNING_RATES:
-        raise argparse.ArgumentTypeError(f"was {text}, must be --lr-schedule {text}")
-    if text not in cli.SCHEDULES:
-        names = ", ".join(cli.SCHEDULES)
-        raise argparse.ArgumentTypeError(f"was {text!r}, must be of {names}")
-    return text
-
-
-def show_default(name: str) -> str:
-    """The default of a setting, for its help: "[100; --lora 1000, --init 1000]"."""
-    text = str(getattr(Settings, name))
-    others = []
-    for recipe, values in RECIPES.items():
-        if name in values:
-            others.append(f"--{recipe} {values[name]}")
-    if others:
-        text += f"; {', '.join(others)}"
-    return f"[{text}]"
-
-
-def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
-    """The settings of a run, from the flags that were given: those, and the defaults of its recipe.
-
-    resume: where the run has begun, its own settings. ValueError for one that it cannot change, or
-    that would be of no effect.
-    """
-    recipe = choose_recipe(given)
-    out = given.get("out") or name_folder(given, recipe)
-    path = Path(out) / "config.json"
-    merge = None
-    if resume and path.exists():
-        saved = read_settings(path)
-        check_same(given, saved)
-        settings = replace(saved, **given)
-        merge = saved.merge  # which it may have written already
-    else:
-        defaults = {"out": out} | RECIPES.get(recipe, {})
-        settings = Settings(**(defaults | given))
-        if settings.adapter:
-            tuned = cli.tuned_settings(settings.model, settings.adapter)
-            settings = replace(settings, **cli.keep_tuned(tuned, given))
-    check_used(given, settings, resume)
-    if settings.merge and settings.merge != merge:
-        check_new(Path(settings.merge))
-    return settings
-
-
-def choose_recipe(given: dict[str, Any]) -> str:
-    """What is trained: the name in RECIPES of other defaults, or "full"."""
-    for recipe in ("init", "lora"):
-        if recipe in given:
-            return recipe
-    return "full"
-
-
-def name_folder(given: dict[str, Any], recipe: str) -> str:
-    """The folder of a run that is given none."""
-    start = Path(given.get("model", Settings.model)).resolve()
-    if "init" in given:
-        start = Path(given["init"]).resolve().parent
-    ending = "-sft" if "sft" in given else ""
-    return f"runs/{start.name.removesuffix('.gguf')}-{recipe}{ending}"
-
-
-def check_new(folder: Path) -> None:
-    """OSError unless a merged model can be written to a folder, which must be new."""
-    if folder.exists() or folder.is_symlink():
-        raise FileExistsError(f"--merge: {folder} was there already, must be new")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(
-            f"--merge: was {folder}, must be in a folder, which {parent} isn't"
-        )
-    check_folder(parent)
-
-
-def check_used(given: dict[str, Any], settings: Settings, resume: bool) -> None:
-    """ValueError for a flag that the others leave without effect."""
-    if merges_at_once(settings):
-        unused = given.keys() - {"model", "adapter", "merge"}
-        if resume:
-            unused |= {"resume"}
-        for name in sorted(unused):
-            flag = as_flag(name)
-            raise ValueError(f"--{flag}: was given to merge --adapter, must be with --lora as well")
-    for name in ("rank", "alpha", "train"):
-        if name in given and settings.adapter:
-            raise ValueError(f"--{name}: was given with --adapter, must be as the adapter has it")
-        if name in given and not settings.lora:
-            raise ValueError(f"--{name}: was given without --lora, must be with it")
-    if settings.vary and settings.attention == "full":
-        raise ValueError("--vary: was given with --attention full, must be with slots to vary")
-    if settings.init and "model" in given:
-        raise ValueError("--model: was given with --init, must be without")
-    if given.get("tokenizer", "").startswith("train:") and not settings.init and not resume:
-        raise ValueError(f"--tokenizer: was {settings.tokenizer}, must be with --init")
-
-
-def merges_at_once(settings: Settings) -> bool:
-    """Whether there is nothing to train, only an adapter to merge."""
-    return bool(settings.merge and settings.adapter and not settings.lora)
-
-
-def as_flag(name: str) -> str:
-    """The name of a setting as the command line has it, without its dashes in front."""
-    return name.replace("_", "-")
-
-
-def read_settings(path: Path) -> Settings:
-    """The settings in the config.json of a run; ValueError where one is missing or wrong."""
-    content = read_json(path)
-    values = {}
-    flags = []
-    for field in fields(Settings):
-        if field.name not in content:
-            raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
-        value = content[field.name]
-        if not has_type(value, field.type):
-            raise ValueError(f"{path}: {field.name} was {value!r}, must be of a run of train.py")
-        values[field.name] = value
-        if type(value) in (int, float, str) and field.name != "data_sha256":
-            flags.append(f"--{as_flag(field.name)}={value}")
-    with name_file(path):
-        make_parser().parse_args(flags)  # each must be what its flag takes
-        return Settings(**values)
-
-
-def has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value out of JSON is of the type of a setting."""
-    if wanted == list[str] | None:
-        if value is None:
-            return True
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if isinstance(value, bool):  # which Python takes for a whole number
-        return wanted is bool
-    if wanted in (float, float | None):
-        wanted |= int
-    return isinstance(value, wanted)
-
-
-def check_same(given: dict[str, Any], saved: Settings) -> None:
-    """ValueError where a setting was given that would change the weights of a run on its way."""
-    changes = []
-    for name, value in given.items():
-        must = getattr(saved, name)
-        # With a cosine, the rate of every step depends on the number of steps.
-        free = name in FREE and not (name == "steps" and saved.lr_schedule == "cosine")
-        if value != must and not free:
-            flag = as_flag(name)
-            if must is None or must is False:
-                changes.append(f"--{flag}: was given, must be without")
-            else:
-                changes.append(f"--{flag}: was {value}, must be {must}")
-    if changes:
-        raise ValueError(f"{'; '.join(changes)}, as the run in {saved.out} began")
 
 
 # The model and the data
@@ -625,96 +261,6 @@ def choose_rate(settings: Settings, step: int) -> float:
         return settings.lr
     share = (step - settings.warmup) / (settings.steps - settings.warmup + 1)
     return settings.lr * (1 + math.cos(math.pi * share)) / 2
-
-
-# Checkpoints
-
-
-class Checkpoints:
-    """Folders step-000123, written beside, synced and renamed: a kill leaves none half written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".tmp-*"):
-            shutil.rmtree(stale)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}"
-
-    def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
-        steps = []
-        for path in self.folder.glob("step-*"):
-            number = path.name.removeprefix("step-")
-            if number.isdecimal():
-                steps.append(int(number))
-        return sorted(steps)
-
-    def describe_newest(self) -> str:
-        """What an error says of how much is safe."""
-        steps = self.steps()
-        newest = self.path(steps[-1]) if steps else "none"
-        return f"newest good checkpoint: {newest}"
-
-    def save(
-        self, step: int, weights: dict[str, Tensor], state: dict[str, Any], record: dict[str, Any]
-    ) -> None:
-        """Write trained weights, the state of the optimizer, and a JSON record."""
-        beside = self.folder / f".tmp-{step}"
-        try:
-            beside.mkdir()
-            save_file(weights, beside / "weights.safetensors")
-            with (beside / "state.pt").open("wb") as file:
-                torch.save(state, file)
-            (beside / "record.json").write_text(json.dumps(record, indent=2) + "\n")
-            for path in beside.iterdir():
-                sync(path)
-            sync(beside)
-            beside.rename(self.path(step))
-            sync(self.folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
-            shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(
-                f"{self.path(step)}: was not written ({error}); {self.describe_newest()}"
-            ) from None
-
-    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """What `save` was given: weights, state and record; ValueError unless they are whole."""
-        folder = self.path(step)
-        with self.damaged(step):
-            for name in ("weights.safetensors", "state.pt", "record.json"):
-                if not (folder / name).is_file():
-                    raise ValueError(f"without {name}")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            record = read_json(folder / "record.json")
-            missing = {"optimizer", "step", "best"} - {*state, *record}
-            if missing:
-                raise ValueError(f"without {min(missing)}")
-            if record["step"] != step:
-                raise ValueError(f"of step {record['step']}")
-            if not all(type(value) in (int, float) for value in record["best"].values()):
-                raise ValueError(f"best {record['best']}")
-            return load_file(folder / "weights.safetensors"), state, record
-
-    def damaged(self, step: int) -> AbstractContextManager[None]:
-        """Whatever a checkpoint raises that is not what was saved is an error that names it."""
-        return damaged(self.path(step), "whole, or removed, to go on from the one before")
-
-    def prune(self, keep: int, best: int | None) -> None:
-        """Remove all but the last `keep`, and the best."""
-        for step in self.steps()[:-keep]:
-            if step != best:
-                # Renamed first, so that a folder step-* is always whole.
-                old = self.path(step).rename(self.folder / f".tmp-old-{step}")
-                shutil.rmtree(old)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before anything else happens."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 # The run
@@ -969,26 +515,14 @@ def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None)
 def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None]:
     """A run at its start, or where it stopped; ValueError or OSError if it cannot be."""
     out = Path(settings.out)
-    begun = (out / "config.json").exists()
-    if (out / STARTING).exists() and not begun:
-        clear_start(out)
-    if any(out.glob("[!.]*")) and not (begun and resume):
-        raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
+    begun = has_begun(out, resume)
     device = cli.choose_device(settings.device)
     dtype = cli.choose_dtype(settings.dtype, device)
     model = make_model(settings, device, dtype)
     schedule = cli.make_schedule(cli.given_settings(settings), model.config)
     if settings.vary:
         check_varied(schedule)
-    seq_len = settings.seq_len
-    if seq_len is None:
-        seq_len = schedule.window if settings.attention == "full" else 2 * schedule.window
-    most = model.config.max_position_embeddings
-    if settings.distill > 0 and seq_len > most:
-        raise ValueError(
-            f"--seq-len: was {seq_len}, must be at most the model's {most} with --distill"
-        )
-
+    seq_len = choose_length(settings, schedule, model.config.max_position_embeddings)
     if begun:
         check_steps(settings.steps, Checkpoints(out / "checkpoints"))
     cli.make_folder("--out", out)
@@ -1014,6 +548,31 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     if begun:
         trainer.resume()
     return trainer, tokenizer
+
+
+def has_begun(out: Path, resume: bool) -> bool:
+    """Whether a folder holds a run to resume; FileExistsError where it holds anything else.
+
+    What a killed start has left there is removed.
+    """
+    begun = (out / "config.json").exists()
+    if (out / STARTING).exists() and not begun:
+        clear_start(out)
+    if any(out.glob("[!.]*")) and not (begun and resume):
+        raise FileExistsError(f"--out: {out} was there already, must be new, or a run to --resume")
+    return begun
+
+
+def choose_length(settings: Settings, schedule: cli.Schedule, most: int) -> int:
+    """Tokens of a row; ValueError for more than the model's positions, `most`, with --distill."""
+    length = settings.seq_len
+    if length is None:
+        length = schedule.window if settings.attention == "full" else 2 * schedule.window
+    if settings.distill > 0 and length > most:
+        raise ValueError(
+            f"--seq-len: was {length}, must be at most the model's {most} with --distill"
+        )
+    return length
 
 
 @contextmanager
@@ -1092,7 +651,7 @@ def merge(model_name: str, adapter: str, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = vars(make_parser().parse_args(argv))
+    given = vars(make_parser(__doc__).parse_args(argv))
     resume = given.pop("resume", False)
     settings = choose_settings(given, resume)
     if merges_at_once(settings):

@@ -1,4 +1,4 @@
-"""train.py: settings, losses and gradients, runs that are stopped and killed, and bad input.
+"""train.py, settings.py, checkpoints.py: losses, gradients, runs that are stopped, bad input.
 
 Run: pytest tests/test_train.py
 """
@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import checkpoints
 import cli
 import train
 from data import IGNORE
@@ -29,6 +31,7 @@ from freqkv import FreqKVAttention, FreqKVConfig, distinct, lowband, newest
 from levels import LevelsAttention, LevelsConfig
 from lora import load_adapter
 from model import causal_attention
+from settings import choose_settings, make_parser, read_settings
 from tests.helpers import DEVICES, ROOT, random_tokens, tiny_checkpoint, tiny_config, tiny_model
 from weights import load_model, load_tokenizer, save_model
 
@@ -123,8 +126,8 @@ def files_in(folder):
 
 def settings_of(*argv):
     """The settings that a command line gives."""
-    given = vars(train.make_parser().parse_args([str(x) for x in argv]))
-    return train.choose_settings(given, False)
+    given = vars(make_parser().parse_args([str(x) for x in argv]))
+    return choose_settings(given, False)
 
 
 # Settings
@@ -173,7 +176,12 @@ def test_every_flag_is_in_help_and_tried_here(script):
         set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", shown, re.MULTILINE)) | {"--no-checkpointing"}
         == tried
     )
-    for words in ("[100; --lora 1000, --init 1000]", "[2e-05; --init 0.001]", "[tiny]", "[0.5]"):
+    for words in (
+        "[100; --lora 1000, --init 1000]",
+        "[2e-05; --init 0.001]",
+        "[tiny]",
+        "else 0.5]",
+    ):
         assert words in " ".join(shown.split())
 
 
@@ -200,7 +208,7 @@ def test_window_and_length_are_chosen_from_the_model(checkpoint, text_file, tmp_
         settings = settings_of(*argv, "--attention", attention, "--device", "cpu")
         trainer, _ = train.prepare(settings, False)
         assert (trainer.settings.window, trainer.settings.seq_len) == (64, length)
-        saved = train.read_settings(tmp_path / attention / "config.json")
+        saved = read_settings(tmp_path / attention / "config.json")
         assert saved == trainer.settings
         assert len(trainer.data.train[0][0]) == length
 
@@ -255,10 +263,6 @@ def test_a_varied_schedule_is_another_for_another_step(schedule):
 def test_a_window_too_short_to_vary_is_refused_at_the_start(fail, flags):
     said = fail("--vary", *flags)
     assert f"--vary: was with --window {flags[1]}, must be with a longer one: 1/" in said
-
-
-def test_the_old_meaning_of_schedule_is_named(fail):
-    assert "--schedule: was cosine, must be --lr-schedule cosine" in fail("--schedule", "cosine")
 
 
 @pytest.mark.parametrize("flag", ["--checkpointing", "--no-checkpointing"])
@@ -871,7 +875,7 @@ def finished(checkpoint, text_file, tmp_path_factory):
 )
 def test_resuming_a_damaged_run(finished, tmp_path, succeed, fail, name, content, message):
     out = tmp_path / "run"
-    train.shutil.copytree(finished, out)
+    shutil.copytree(finished, out)
     (out / name).parent.mkdir(exist_ok=True)
     if isinstance(content, dict):
         content = json.dumps(json.loads((out / name).read_text()) | content).encode()
@@ -947,7 +951,7 @@ SERVER = """
 import json, os, signal, sys
 import sentencepiece, torch, torch._dynamo  # which every fork would import otherwise
 torch.set_num_threads(1)
-import cli, train
+import checkpoints, cli, train
 
 def killing(function, left):
     def counted(*args, **kwargs):
@@ -966,7 +970,8 @@ for line in sys.stdin:
         left = [calls]
         for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
             setattr(os, name, killing(getattr(os, name), left))
-        train.save_file, torch.save = killing(train.save_file, left), killing(torch.save, left)
+        checkpoints.save_file = killing(checkpoints.save_file, left)
+        torch.save = killing(torch.save, left)
         signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM has no handler: it kills
         cli.run(lambda: train.main(argv), "train.py")
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -1195,7 +1200,7 @@ def test_a_full_disk(checkpoint, tokens_file, tmp_path, succeed, fail, monkeypat
     out = tmp_path / "run"
     calls = []
     free, error = 1, OSError(errno.ENOSPC, "No space left on device")
-    place = train
+    place = checkpoints
     if name == "save_file":
         error = SafetensorError("I/O error: No space left on device (os error 28)")
     elif name == "torch.save":
