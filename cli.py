@@ -303,10 +303,12 @@ def add_model_flags(parser: argparse._ActionsContainer) -> None:
     add("--dtype", choices=list(DTYPES), help="[bfloat16 on cuda, float32 elsewhere]")
 
 
-def add_schedule_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags of the slots, which `choose_schedule` reads."""
+def add_schedule_flags(parser: argparse._ActionsContainer, tuned: str = "as tuned; else") -> None:
+    """The flags of the slots, which `given_settings` reads.
+
+    tuned: what help says of the settings that a model was tuned with.
+    """
     add = parser.add_argument
-    tuned = "as tuned; else"
     text = f"rounds as in the paper, or on a ladder of levels (levels.py) [{tuned} paper]"
     add("--schedule", choices=list(SCHEDULES), help=text)
     text = f"slots N a layer [{tuned} {DEFAULTS.window}, or the model's positions if fewer]"

@@ -163,7 +163,7 @@ def make_parser(description: str | None = None) -> cli.Parser:
     add = group.add_argument
     text = "compressed; the most distinct tokens; sinks and newest; or everything"
     add("--attention", choices=cli.CACHES, help=f"{text} {show_default('attention')}")
-    cli.add_schedule_flags(group)
+    cli.add_schedule_flags(group, "as the adapter; else")
     text = "draw window (all, half or a quarter) and recent (up to half of it) anew for each step"
     add("--vary", action="store_true", help=text)
     text = f"share of the loss that imitates full attention {show_default('distill')}"
