@@ -201,15 +201,15 @@ def make_folder(flag: str, path: Path) -> None:
     check_folder(path)
 
 
-def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], kind: str) -> None:
+def check_target(flag: str, path: Path, is_own: Callable[[Path], bool], what: str) -> None:
     """OSError or ValueError unless a file can be written to `path`, at no other file's cost.
 
-    is_own: whether a file that is there is one of such a `kind`, which may be written anew.
+    is_own: whether a file that is there is what is written here, `what`, which may be replaced.
     """
     if not path.parent.is_dir() or path.is_dir() or not path.name:
         raise ValueError(f"{flag}: was {str(path)!r}, must be a file in an existing folder")
     if path.exists() and not is_own(path):
-        raise ValueError(f"{flag}: {path} was there, must be new, or {kind}")
+        raise ValueError(f"{flag}: {path} was there, must be new, or {what}")
     check_writable(path)
 
 
@@ -398,9 +398,11 @@ def keep_tuned(tuned: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     With another window or schedule, what depends on these is left at its default.
     """
     names = ["attention", *SETTINGS]
-    if given.get("schedule", tuned.get("schedule")) != tuned.get("schedule"):
+    schedule = tuned.get("schedule", "paper")
+    window = tuned.get("window")
+    if given.get("schedule", schedule) != schedule:
         names = ["attention", "window", "sinks"]
-    elif given.get("window", tuned.get("window")) != tuned.get("window"):
+    elif given.get("window", window) != window:
         names = ["attention", "schedule", "sinks", "ratio"]
     kept = {}
     for name in names:
@@ -418,19 +420,22 @@ def make_schedule(
     window that is longer than these, or a setting of another schedule.
     """
     settings = keep_tuned(tuned or {}, given) | given
-    kind = settings.pop("schedule", "paper")
-    if kind == "levels" and "ratio" in given:
+    name = settings.pop("schedule", "paper")
+    if name == "levels" and "ratio" in given:
         raise ValueError(f"--ratio: was {given['ratio']}, must be with --schedule paper")
-    if kind == "paper" and "block" in given:
+    if name == "paper" and "block" in given:
         raise ValueError(f"--block: was {given['block']}, must be with --schedule levels")
 
     most = model.max_position_embeddings
     settings.setdefault("window", min(DEFAULTS.window, most))
-    if kind == "levels":
+    if name == "levels":
         settings.setdefault("recent", settings["window"] // 4)
         settings.setdefault("block", max(settings["window"] // 64, 1))
-    known = {field.name for field in fields(SCHEDULES[kind])}
-    config = SCHEDULES[kind](**{name: settings[name] for name in known & settings.keys()})
+    values = {}
+    for field in fields(SCHEDULES[name]):
+        if field.name in settings:
+            values[field.name] = settings[field.name]
+    config = SCHEDULES[name](**values)
     if config.window > most:
         raise ValueError(f"--window: was {config.window}, must be at most the model's {most}")
     return config

@@ -206,9 +206,9 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
         for key in (f"k.{layer}", f"v.{layer}"):
             if key not in state or state[key].dtype != dtype:
                 raise ValueError(f"{path}: {key} was not there in {dtype}, must be, as every layer")
-    kind = LevelsCache if LevelsCache.config_name in state else FreqKVCache
+    cache_type = LevelsCache if LevelsCache.config_name in state else FreqKVCache
     with name_file(path):
-        return kind.from_state(state, cli.OPERATORS[saved])
+        return cache_type.from_state(state, cli.OPERATORS[saved])
 
 
 def is_saved_cache(path: Path) -> bool:

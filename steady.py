@@ -94,8 +94,8 @@ class Steady:
         values.index_copy_(2, self._slot, v)
         batch, heads, _, dim = q.shape
         groups = rope.at(q, self._slot).reshape(batch, k.shape[1], -1, dim)  # [B, K, H/K, D]
-        taken = (self._slots <= self._slot).expand(batch, k.shape[1], groups.shape[2], -1)
-        out = F.scaled_dot_product_attention(groups, keys, values, taken)
+        in_use = (self._slots <= self._slot).expand(batch, k.shape[1], groups.shape[2], -1)
+        out = F.scaled_dot_product_attention(groups, keys, values, in_use)
         return out.reshape(batch, heads, 1, dim)
 
 

@@ -263,6 +263,7 @@ def test_another_window_leaves_behind_what_was_tuned_for_the_first():
     model = tiny_config(max_position_embeddings=600)
     rounds = {"attention": "distinct", "window": 64, "sinks": 2, "ratio": 0.25, "recent": 40}
     assert make_schedule({"window": 64}, model, rounds) == FreqKVConfig(64, 2, 0.25, 40)
+    assert make_schedule({"schedule": "paper"}, model, rounds) == FreqKVConfig(64, 2, 0.25, 40)
     assert make_schedule({"window": 32}, model, rounds) == FreqKVConfig(32, 2, 0.25, 0)
     assert make_schedule({"window": 32, "recent": 8}, model, rounds) == FreqKVConfig(32, 2, 0.25, 8)
     levels = {"schedule": "levels", "window": 64, "sinks": 2, "recent": 8, "block": 4}
