@@ -79,6 +79,7 @@ def run(main: Callable[[], None], name: str, finish: bool = False) -> NoReturn:
 
 def _fail(name: str, message: str) -> NoReturn:
     """End a script by one line on stderr."""
+    message = " ".join(message.split("\n"))  # packages have messages of several
     with suppress(OSError):  # nobody there to be told
         print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

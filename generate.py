@@ -10,7 +10,6 @@ text with.
 """
 
 import copy
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from cli import Cache
 from freqkv import FreqKVCache, distinct, lowband, newest
 from levels import LevelsCache, LevelsConfig
 from model import Llama
-from weights import Tokenizer, chat_stops, chat_tokens, load_tokenizer
+from weights import Tokenizer, chat_stops, chat_tokens, fingerprint, load_tokenizer
 from weights.files import decode_text, name_file, read_text, write_beside
 
 Step = Callable[[Tensor], Tensor]
@@ -71,7 +70,8 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     logits = logits.float()
     if not (logits < torch.inf).all():  # which NaN is not, either
         raise ValueError(
-            "logits: were not numbers, must be (float16 overflows: try another --dtype)"
+            "logits: were not numbers, must be (a damaged weight, or float16, which overflows: "
+            "try another --dtype)"
         )
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -165,14 +165,6 @@ def write(
 # The saved cache
 
 
-def fingerprint(model: Llama) -> str:
-    """What tells one model from another: a hash of its config, dtype and some of all weights."""
-    digest = hashlib.sha256(f"{model.config} {model.norm.weight.dtype}".encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_cache(path: Path, cache: FreqKVCache, model: Llama) -> None:
     """Write a cache to a safetensors file, whole or not at all."""
     names = {operator: name for name, operator in cli.OPERATORS.items()}
@@ -194,7 +186,7 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
             about = content.metadata() or {}
             for key in content.keys():  # noqa: SIM118 (not a dict)
                 state[key] = content.get_tensor(key)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: was not whole ({error}), must be a saved cache") from None
     if about.get("model") != fingerprint(model):
         raise ValueError(f"{path}: was of another model, adapter or dtype, must be of this one")

@@ -420,7 +420,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{file}: was not there, must hold the adapter's tensors")
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: was not whole ({error}), must be safetensors") from None
 
 

@@ -23,10 +23,10 @@ from data import by_content, data_files, encode_document, map_bin
 from experiments.operators import average, by_layer, high
 from experiments.report import Journal, Record, mean_interval
 from freqkv import FreqKVConfig
-from generate import encode_text, fingerprint, read_parts
+from generate import encode_text, read_parts
 from levels import LevelsConfig
 from model import Attend, FullCache, Llama
-from weights import Tokenizer
+from weights import Tokenizer, fingerprint
 from weights.files import read_text
 
 OPERATORS = cli.OPERATORS | {"average": average, "high": high}

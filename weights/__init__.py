@@ -12,7 +12,8 @@ file or tensor, what it was and what it must be.
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -28,9 +29,11 @@ from weights import (
     tokenizer_json,
     tokenizer_model,
 )
-from weights.blank import blank_model
+from weights.blank import blank_model, check_sizes
 from weights.chat import chat_stops, chat_tokens
 from weights.declaration import read_declaration
+from weights.files import name_file
+from weights.fingerprint import fingerprint
 from weights.safetensors_dir import save_model
 from weights.tokenizer import Tokenizer
 
@@ -39,11 +42,14 @@ __all__ = [
     "chat_stops",
     "chat_tokens",
     "find",
+    "fingerprint",
     "load_model",
     "load_tokenizer",
     "save_model",
 ]
 
+# Of tokenizers. Where both are there, tokens were added to the first; transformers reads it too.
+READERS = {"tokenizer.json": tokenizer_json, "tokenizer.model": tokenizer_model}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -61,6 +67,8 @@ def load_model(
     """
     path = find(path_or_name)
     config, tensors = _choose_reader(path).read(path)
+    with name_file(path):
+        check_sizes(config)
     model = blank_model(config)
     wanted = torch.device(device or "cpu")
     # An adapter is merged on the CPU: so the weights are the same on every device.
@@ -80,19 +88,35 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """The tokenizer that lies beside a checkpoint, or inside a GGUF file."""
     path = find(path_or_name)
     folder = path if path.is_dir() else path.parent
-    # Meta ships one tokenizer in the folder above its models.
-    places = [folder, folder.parent] if path.is_dir() else [folder]
+    places = [folder]
+    if path.is_dir() and not safetensors_dir.has_weights(path):
+        places.append(folder.parent)  # Meta ships one tokenizer in the folder above its models
     for place in places:
-        # Where both are there, tokens were added to the first, and transformers reads it too.
-        if (place / "tokenizer.json").exists():
-            return tokenizer_json.read(place / "tokenizer.json", read_declaration(place, folder))
-        if (place / "tokenizer.model").exists():
-            return tokenizer_model.read(place / "tokenizer.model", read_declaration(place, folder))
+        for name, reader in READERS.items():
+            file = place / name
+            if file.exists():
+                declaration = read_declaration(place, folder)
+                with _damaged_tokenizer(file):
+                    return reader.read(file, declaration)
     if _choose_reader(path) is gguf_file:
-        return tokenizer_gguf.read(path)
+        with _damaged_tokenizer(path):
+            return tokenizer_gguf.read(path)
     raise FileNotFoundError(
         f"{path}: was without a tokenizer, must hold tokenizer.model or tokenizer.json"
     )
+
+
+@contextmanager
+def _damaged_tokenizer(file: Path) -> Iterator[None]:
+    """Whatever a damaged tokenizer raises, here or in a package, is a ValueError that names it."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers panics with what is no Exception
+        if isinstance(error, ValueError) and str(file) in str(error):
+            raise
+        raise ValueError(f"{file}: was damaged ({error!r}), must be a tokenizer") from None
 
 
 def find(path_or_name: str | Path) -> Path:

@@ -6,7 +6,7 @@ generation_config.json and config.json. A GGUF file says the same in its fields.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MOST_TOKENS = 1 << 24  # of any vocabulary, far above what there is: a damaged id may be any number
 BRACKETS = re.compile(r"[\s\u2581]*(<.+>|\[.+\])\s*", re.DOTALL)
 SIGN = re.compile(r"[^\w\s]")  # a character that is neither of a word nor a space
 
@@ -98,7 +99,7 @@ def read_declaration(folder: Path, model_folder: Path) -> Declaration:
     added = _read_added(folder / "added_tokens.json")
     with damaged(path, "as Hugging Face's tools write it"):
         for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
-            added[int(token_id)] = _added_token(entry)
+            added[_token_id(token_id)] = _added_token(entry)
         for part in PARTS:
             content = _content(config.get(part, special_map.get(part)))
             if content:
@@ -109,6 +110,9 @@ def read_declaration(folder: Path, model_folder: Path) -> Declaration:
             if isinstance(tokens, dict):
                 tokens = list(tokens.values())
             special.update(_content(token) for token in tokens)
+        tokenizer_class = config.get("tokenizer_class") or ""
+        if not isinstance(tokenizer_class, str):
+            raise ValueError(f"tokenizer_class was {tokenizer_class!r}")
         add_bos = config.get("add_bos_token")
         if add_bos not in (True, False, None):
             raise ValueError(f"add_bos_token was {add_bos!r}")
@@ -119,7 +123,7 @@ def read_declaration(folder: Path, model_folder: Path) -> Declaration:
         add_bos=add_bos,
         chat_template=_read_template(folder, config),
         stops=_read_stops(model_folder) or _read_stops(folder),
-        tokenizer_class=config.get("tokenizer_class") or "",
+        tokenizer_class=tokenizer_class,
         prefix_space=config.get("add_prefix_space") is not False,
         legacy=config.get("legacy") is True,
         files=_existing_files(folder),
@@ -148,9 +152,17 @@ def _content(token: Any) -> str:
     return token or ""
 
 
+def _token_id(value: Any) -> int:
+    """The id of an added token, a whole number or its digits."""
+    token_id = int(value)
+    if not 0 <= token_id < MOST_TOKENS:
+        raise ValueError(f"an added token was number {token_id}")
+    return token_id
+
+
 def _added_token(entry: dict[str, Any]) -> AddedToken:
     special = entry.get("special", False)
-    return AddedToken(
+    token = AddedToken(
         entry["content"],
         special,
         entry.get("lstrip", False),
@@ -158,6 +170,11 @@ def _added_token(entry: dict[str, Any]) -> AddedToken:
         entry.get("normalized", not special),
         entry.get("single_word", False),
     )
+    for part in fields(AddedToken):
+        value = getattr(token, part.name)
+        if type(value) is not part.type:
+            raise ValueError(f"{part.name} of an added token was {value!r}")
+    return token
 
 
 def _read_added(path: Path) -> dict[int, AddedToken]:
@@ -167,7 +184,7 @@ def _read_added(path: Path) -> dict[int, AddedToken]:
         content = read_json(path)
         with damaged(path, "an object of tokens and their ids"):
             for token, token_id in content.items():
-                added[int(token_id)] = AddedToken(token, special=False)
+                added[_token_id(token_id)] = AddedToken(token, special=False)
     return added
 
 

@@ -230,7 +230,7 @@ def _read_tensors(
         name = full_name.removesuffix(".weight")
         if name == "rope_freqs":
             continue  # read as the RoPE scaling
-        if name.startswith("blk."):
+        if name.startswith("blk.") and name.count(".") >= 2:
             _, number, name = name.split(".", 2)
             layer = f"layers.{number}."
         if name not in NAMES:

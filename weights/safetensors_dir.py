@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Llama, LlamaConfig, RopeScaling
-from weights.blank import blank_model
+from weights.blank import blank_model, check_sizes
 from weights.files import (
     name_file,
     positive_number,
@@ -88,7 +88,7 @@ def _find_tensors(files: list[Path]) -> dict[str, Place]:
             raise FileNotFoundError(f"{file}: was not there, must be a shard of the checkpoint")
         try:
             content = safe_open(file, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: was not whole ({error}), must be safetensors") from None
         for stored in content.keys():  # noqa: SIM118 (not a dict)
             if stored.endswith("rotary_emb.inv_freq"):
@@ -131,7 +131,7 @@ def read_config(path: Path) -> LlamaConfig:
         if not isinstance(tied, bool):
             raise ValueError(f"tie_word_embeddings: was {tied!r}, must be true or false")
         theta, scaling = _read_rope(content)
-        return LlamaConfig(
+        config = LlamaConfig(
             vocab_size=whole_number(content, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=whole_number(content, "intermediate_size"),
@@ -145,6 +145,8 @@ def read_config(path: Path) -> LlamaConfig:
             rope_scaling=scaling,
             tie_word_embeddings=tied,
         )
+        check_sizes(config)
+        return config
 
 
 def _check_fixed(content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights.declaration import Declaration
+from weights.files import read_json
 from weights.tokenizer import ACROSS, Tokenizer, no_files
 
 # How Llama 3 splits text before it merges bytes; part of its published tokenizer.
@@ -21,6 +22,10 @@ LLAMA3_SPLIT = (
 def read(path: Path, declaration: Declaration) -> Tokenizer:
     """The tokenizer in a tokenizer.json."""
     tokenizers = import_tokenizers(path)
+    model = read_json(path).get("model")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if prefix:  # the package ends the process where a piece lacks it
+        raise ValueError(f"{path}: continuing_subword_prefix was {prefix!r}, must be null")
     try:
         merges = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

@@ -139,6 +139,8 @@ def _set_control(model: PieceModel, declaration: Declaration) -> set[int]:
             model.pieces.append(make_piece(f"<no token {len(model.pieces)}>", UNUSED))
         piece = model.pieces[token_id]
         piece_type = piece.type
+        if piece_type == BYTE and piece.text != token.content:
+            raise ValueError(f"added token {token.content!r} was number {token_id}, a byte's")
         if piece_type not in (UNKNOWN, CONTROL, BYTE):
             piece_type = CONTROL if token.special else USER_DEFINED
         change_piece(piece, token.content, piece_type)
