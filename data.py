@@ -120,10 +120,11 @@ def data_files(patterns: Sequence[str] | None, flag: str = "--data") -> list[Pat
     """
     if not patterns:
         return find_python_source()
-    files: set[Path] = set()
+    files: dict[Path, Path] = {}
     for pattern in patterns:
-        files |= match_files(pattern, flag)
-    return sorted(files)
+        for file in sorted(match_files(pattern, flag)):
+            files.setdefault(file.resolve(), file)
+    return sorted(files.values())
 
 
 def match_files(pattern: str, flag: str = "--data") -> set[Path]:
@@ -137,14 +138,14 @@ def match_files(pattern: str, flag: str = "--data") -> set[Path]:
         pattern = glob.escape(pattern) + "/**"
     elif path.exists():  # a name, though it may look like a pattern
         pattern = glob.escape(pattern)
-    files = set()
-    for name in glob.glob(pattern, recursive=True):
+    files = {}
+    for name in sorted(glob.glob(pattern, recursive=True)):
         file = Path(name)
         if file.is_file() and file.stat().st_size > 0:
-            files.add(file)
+            files.setdefault(file.resolve(), file)  # once, whatever links there are
     if not files:
         raise FileNotFoundError(f"{flag}: {pattern} held no file with content, must hold one")
-    return files
+    return set(files.values())
 
 
 def find_python_source() -> list[Path]:
@@ -185,6 +186,9 @@ def read_bins(
         train.append(tokens[:cut])
         held_out.append(tokens[cut:])
     train_rows, held_out_rows = pack(train, held_out, seq_len)
+    short = sum(len(stream) <= seq_len for stream in train)
+    if short > 0:
+        print(f"{short} of {len(train)} files are too short for a row of {seq_len}: left out")
     return Data(train_rows, held_out_rows, digest.hexdigest())
 
 
@@ -250,18 +254,24 @@ def read_texts(
         folder.mkdir(parents=True, exist_ok=True)
         texts = list(documents.values())
         sizes = write_tokens(texts, val_share, tokenizer, folder / "tokens.bin")
-        write_json(record, {"sha256": sha256} | sizes)
+        written = hash_tokens(folder / "tokens.bin")
+        write_json(record, {"sha256": sha256, "tokens_sha256": written} | sizes)
     sizes = read_json(record)
     if sizes.get("sha256") != sha256:
         raise ValueError(f"--data: was changed since {record} was written, must be the same")
     with damaged(folder, "as it was written, or removed"):
         tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
         cut = sizes["train_tokens"]
-        if len(tokens) != cut + sizes["held_out_tokens"]:
-            raise ValueError(f"tokens.bin holds {len(tokens)} tokens")
+        if hash_tokens(folder / "tokens.bin") != sizes["tokens_sha256"]:
+            raise ValueError("tokens.bin was changed")
         tokens_per_byte = sizes["held_out_tokens"] / max(sizes["held_out_bytes"], 1)
     train, held_out = pack([tokens[:cut]], [tokens[cut:]], seq_len)
     return Data(train, held_out, sha256, tokens_per_byte)
+
+
+def hash_tokens(path: Path) -> str:
+    """A hash of a file of tokens."""
+    return hashlib.sha256(np.memmap(path, np.uint8, mode="r")).hexdigest()
 
 
 def write_tokens(
@@ -331,8 +341,12 @@ def read_records(file: Path, tokenizer: Tokenizer, seq_len: int, val_share: floa
     if not rows:
         raise ValueError(f"{file}: had no answer within --seq-len, {seq_len}, must have one")
     print(f"{len(rows)} of {len(records)} records have an answer within {seq_len} tokens")
+    digest = hashlib.sha256(text.encode())
+    for tokens, labels in rows:  # a template may have the date in it
+        digest.update(tokens.numpy())
+        digest.update(labels.numpy())
     cut = len(rows) - int(len(rows) * val_share)
-    return Data(rows[:cut], rows[cut:], hashlib.sha256(text.encode()).hexdigest())
+    return Data(rows[:cut], rows[cut:], digest.hexdigest())
 
 
 def parse_records(text: str, file: Path) -> list[Any]:
@@ -480,7 +494,10 @@ def train_tokenizer(files: Sequence[Path], size: int) -> bytes:
 
 
 def split_pages(files: Sequence[Path]) -> Iterator[str]:
-    """The text of files in pages of whole lines, of about 2000 characters."""
+    """The text of files in pages of whole lines, of about 2000 characters; longer lines in parts.
+
+    A page of more than 10,000 bytes would be left out.
+    """
     for file in files:
         page = ""
         for line in read_text(file).splitlines(keepends=True):
@@ -488,4 +505,7 @@ def split_pages(files: Sequence[Path]) -> Iterator[str]:
                 yield page
                 page = ""
             page += line
+            while len(page) > 2500:  # of 4 bytes each
+                yield page[:2500]
+                page = page[2500:]
         yield page

@@ -619,5 +619,9 @@ def test_a_fingerprint_tells_models_apart():
     assert generate.fingerprint(model) != generate.fingerprint(tiny_model(seed=1))
     turned = tiny_model(tiny_config(rope_theta=500.0))
     assert generate.fingerprint(model) != generate.fingerprint(turned)
+    with torch.no_grad():
+        for value in (1.0, 0.0):
+            model.layers[1].mlp.up_proj.weight[17, 5] = value  # one, anywhere
+            assert generate.fingerprint(model) != generate.fingerprint(tiny_model())
     half = generate.fingerprint(model.bfloat16())
     assert half != generate.fingerprint(model.float())  # of equal weights

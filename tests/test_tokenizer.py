@@ -677,6 +677,30 @@ def test_broken_files(tmp_path, name, content):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("place", range(0, 2000, 23))
+def test_a_changed_byte_is_read_or_named(tmp_path, place):
+    content = bytearray((ROOT / "weights/tiny/tokenizer.model").read_bytes())
+    content[place] ^= 2
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    said = f"{path}: was "
+    try:
+        load_tokenizer(tmp_path).encode("def main():")
+    except ValueError as error:
+        said = str(error)
+    assert said.startswith(f"{path}: was ")
+
+
+def test_a_prefix_of_subwords_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    byte_level().save(str(path))
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "x"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"continuing_subword_prefix was 'x', must be null"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -684,7 +708,14 @@ def test_broken_files(tmp_path, name, content):
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<s>"}}}),
         ("tokenizer_config.json", {"eos_token": 2}),
         ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"0": {"content": "<s>", "lstrip": "no"}}},
+        ),
         ("added_tokens.json", {"<s>": "one"}),
+        ("added_tokens.json", {"<s>": -1}),
+        ("added_tokens.json", {"<s>": 10**11}),
         ("chat_template.json", {"chat_template": [{"name": "a"}]}),
     ],
 )

@@ -450,12 +450,18 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def make_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (truncate, "model.safetensors: was not whole"),
         (lambda f: (f / "model.safetensors").write_bytes(b"junk"), "model.safetensors: was not"),
         (lambda f: (f / "model.safetensors").unlink(), "was without weights"),
+        (make_folder, "model.safetensors: was not whole"),
         (lambda f: (f / "config.json").unlink(), "was a folder without a checkpoint"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json: was not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: was a JSON list"),
@@ -598,6 +604,7 @@ def test_config_is_read_as_transformers_reads_it(tmp_path, changes):
         ({"num_key_value_heads": 3}, "num_key_value_heads: was 3"),
         ({"num_hidden_layers": 2.0}, r"num_hidden_layers: was 2\.0"),
         ({"num_hidden_layers": None}, "'num_hidden_layers' was missing"),
+        ({"num_hidden_layers": 1 << 30}, "num_hidden_layers: was 1073741824, must be at most 1024"),
         ({"num_hidden_layers": 1}, r"layers\.1\.\S+ was unexpected"),
         ({"rms_norm_eps": None}, "rms_norm_eps: was None"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings: was None"),
