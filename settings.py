@@ -57,7 +57,8 @@ class Settings:
     sft: str | None = None
     seq_len: int | None = None
     val_share: float = 0.05
-    data_sha256: str | None = None  # no flag: a resumed run must find the same data
+    data_sha256: str | None = None  # no flags: a resumed run must find the same data and model
+    model_sha256: str | None = None
     # What is trained
     full: bool = False
     lora: bool = False
@@ -225,12 +226,10 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
     recipe = choose_recipe(given)
     out = given.get("out") or name_folder(given, recipe)
     path = Path(out) / "config.json"
-    merge = None
     if resume and path.exists():
         saved = read_settings(path)
         check_same(given, saved)
         settings = replace(saved, **given)
-        merge = saved.merge  # which it may have written already
     else:
         defaults = {"out": out} | RECIPES.get(recipe, {})
         settings = Settings(**(defaults | given))
@@ -238,7 +237,7 @@ def choose_settings(given: dict[str, Any], resume: bool) -> Settings:
             tuned = cli.tuned_settings(settings.model, settings.adapter)
             settings = replace(settings, **cli.keep_tuned(tuned, given))
     check_used(given, settings, resume)
-    if settings.merge and settings.merge != merge:
+    if settings.merge:
         check_new(Path(settings.merge))
     return settings
 
@@ -316,7 +315,7 @@ def read_settings(path: Path) -> Settings:
         if not has_type(value, field.type):
             raise ValueError(f"{path}: {field.name} was {value!r}, must be of a run of train.py")
         values[field.name] = value
-        if type(value) in (int, float, str) and field.name != "data_sha256":
+        if type(value) in (int, float, str) and not field.name.endswith("_sha256"):
             flags.append(f"--{as_flag(field.name)}={value}")
     with name_file(path):
         make_parser().parse_args(flags)  # each must be what its flag takes

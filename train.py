@@ -15,6 +15,9 @@ model/ or adapter/, which are the last weights, and loss.png.
 import copy
 import json
 import math
+import os
+import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -48,8 +51,8 @@ from freqkv import FreqKVAttention
 from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
-from settings import Settings, choose_settings, make_parser, merges_at_once
-from weights import Tokenizer, load_model, load_tokenizer, save_model
+from settings import Settings, check_new, choose_settings, make_parser, merges_at_once
+from weights import Tokenizer, fingerprint, load_model, load_tokenizer, save_model
 from weights.files import (
     damaged,
     read_json_lines,
@@ -57,6 +60,11 @@ from weights.files import (
     write_json,
 )
 from weights.safetensors_dir import read_config
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 CHUNK = 1024  # tokens whose logits are in memory at a time
 VARIED_PARTS = [1, 2, 4]  # of the window, for --vary: all, a half, a fourth
@@ -137,6 +145,8 @@ def choose_tokenizer(settings: Settings) -> Tokenizer | None:
     if name is None:
         return load_tokenizer(settings.model)
     if not name.startswith("train:"):
+        if name not in ("tiny", "smollm2") and not Path(name).exists():
+            raise FileNotFoundError(f"--tokenizer: was {name!r}, must be a name or a path")
         return load_tokenizer(name)
     size = name.removeprefix("train:")
     if not size.isdecimal():
@@ -500,13 +510,33 @@ def write_results(settings: Settings, model: Llama, tokenizer: Tokenizer | None)
         dtype = cli.DTYPES[settings.save_dtype or "float32"]
         save_adapter(model, out / "adapter", settings.model, tuned, dtype)
         if not settings.merge:
-            return f"--model {settings.model} --adapter {out / 'adapter'}"
+            words = ["--model", settings.model, "--adapter", str(out / "adapter")]
+            return shlex.join(words)
         merge_lora(model)
-    folder = Path(settings.merge or out / "model")
     model.to(cli.DTYPES[settings.save_dtype or "bfloat16"])
-    save_model(model, folder, tokenizer)
-    write_json(folder / "freqkv.json", tuned)
-    return f"--model {folder}"
+    if settings.merge:
+        folder = Path(settings.merge)
+        save_merged(model, folder, tokenizer, tuned)
+    else:
+        folder = out / "model"
+        save_model(model, folder, tokenizer)
+        write_json(folder / "freqkv.json", tuned)
+    return shlex.join(["--model", str(folder)])
+
+
+def save_merged(
+    model: Llama, folder: Path, tokenizer: Tokenizer | None, tuned: dict[str, Any]
+) -> None:
+    """Write a model into a new folder, whole or not at all; OSError where that is there by now."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        save_model(model, beside, tokenizer)
+        if tuned:
+            write_json(beside / "freqkv.json", tuned)
+        check_new(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # The script
@@ -534,6 +564,10 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
         if settings.data_sha256 not in (None, data.sha256):
             flag = "--sft" if settings.sft else "--data"
             raise ValueError(f"{flag}: was changed since the run began, must be the same to resume")
+        model_sha256 = fingerprint(model, trained=False)  # the others are in the checkpoints
+        if settings.model_sha256 not in (None, model_sha256):
+            flag = "--init" if settings.init else "--model"
+            raise ValueError(f"{flag}: was changed since the run began, must be the same to resume")
         settings = replace(
             settings,
             device=str(device),
@@ -541,6 +575,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
             **asdict(schedule),
             seq_len=seq_len,
             data_sha256=data.sha256,
+            model_sha256=model_sha256,
         )
         # With it, whatever follows can be resumed.
         write_json(out / "config.json", asdict(settings))
@@ -548,6 +583,23 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
     if begun:
         trainer.resume()
     return trainer, tokenizer
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold a folder, made if it is new, against other runs; OSError where one has it."""
+    cli.make_folder("--out", out)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OSError(f"--out: {out} was in use by another run, must be free") from None
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # nothing has come of it, or it is not empty
+            out.rmdir()
 
 
 def has_begun(out: Path, resume: bool) -> bool:
@@ -609,7 +661,7 @@ def check_steps(steps: int, checkpoints: Checkpoints) -> None:
 def describe(trainer: Trainer) -> str:
     """The settings that were given or chosen, and what is about to happen."""
     settings = trainer.settings
-    idle = {"data_sha256"}  # which tells a person nothing
+    idle = {"data_sha256", "model_sha256"}  # which tell a person nothing
     if not settings.lora or settings.adapter:
         idle |= {"rank", "alpha", "train"}
     lines = []
@@ -628,26 +680,33 @@ def describe(trainer: Trainer) -> str:
 
 def train(settings: Settings, resume: bool) -> None:
     """Train, and write what was trained; a signal ends it early."""
+    with alone_in(Path(settings.out)):
+        run(settings, resume)
+
+
+def run(settings: Settings, resume: bool) -> None:
+    """Train, in a folder that no other process trains in."""
     trainer, tokenizer = prepare(settings, resume)
     print(describe(trainer))
     stopped_by = trainer.run()
     if stopped_by is not None:
-        again = f"python train.py --out {settings.out} --resume"
+        again = shlex.join(["python", "train.py", "--out", settings.out, "--resume"])
         print(f"{stopped_by}: saved after step {trainer.step}; go on with: {again}")
         return
     arguments = write_results(trainer.settings, trainer.model, tokenizer)
     print(draw_losses(trainer.out))
-    print(f"done; generate with: python generate.py {arguments}")
+    if tokenizer is None:
+        print("done; there is no tokenizer to generate text with: it was trained on .bin files")
+    else:
+        print(f"done; generate with: python generate.py {arguments}")
 
 
 def merge(model_name: str, adapter: str, folder: Path) -> None:
     """Write a model with an adapter merged into it, in the model's own dtype."""
     tuned = cli.tuned_settings(model_name, adapter)  # first: they may be damaged
     model = load_model(model_name, adapter=adapter)
-    save_model(model, folder, load_tokenizer(model_name))
-    if tuned:
-        write_json(folder / "freqkv.json", tuned)
-    print(f"merged; generate with: python generate.py --model {folder}")
+    save_merged(model, folder, load_tokenizer(model_name), tuned)
+    print(f"merged; generate with: python generate.py {shlex.join(['--model', str(folder)])}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

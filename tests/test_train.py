@@ -642,8 +642,13 @@ def test_lora_and_merge(checkpoint, tokens_file, tmp_path, succeed, script):
     )
     load_tokenizer(at_once)
     assert script("--model", checkpoint, "--adapter", "x", "--merge", at_once).code == 2
-    # Once more at the end of the run: its own merged model may be written again.
-    succeed("--out", first, "--resume", "--merge", merged)
+    # Once more at the end of the run: what was merged may have been changed since.
+    argv = "--out", first, "--resume"
+    assert (
+        script(*argv).err == f"train.py: error: --merge: {merged} was there already, must be new\n"
+    )
+    succeed(*argv, "--merge", tmp_path / "again")
+    assert list(files_in(tmp_path / "again").values()) == list(files_in(merged).values())
 
     second = tmp_path / "second"
     more = "--lora", "--adapter", first / "adapter", "--lr", 0
@@ -941,7 +946,47 @@ def test_resuming_with_another_model_is_refused(tokens_file, checkpoint, tmp_pat
     save_model(load_model(checkpoint), model, load_tokenizer(checkpoint))
     succeed(*argv)
     save_model(tiny_model(tiny_config(vocab_size=400, intermediate_size=64)), model)
-    assert "step-000003: was of another model, must be of" in fail(*argv, "--resume")
+    assert "--model: was changed since the run began, must be" in fail(*argv, "--resume")
+
+
+def test_resuming_a_lora_on_other_weights_is_refused(
+    tokens_file, checkpoint, tmp_path, succeed, fail
+):
+    model = load_model(checkpoint)
+    save_model(model, tmp_path / "model", load_tokenizer(checkpoint))
+    argv = flags(tmp_path / "model", tokens_file, tmp_path / "run", "--lora")
+    succeed(*argv)
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    save_model(model, tmp_path / "model", load_tokenizer(checkpoint))
+    assert "--model: was changed since the run began, must be" in fail(*argv, "--resume")
+
+
+def test_a_folder_is_for_one_run_at_a_time(tokens_file, checkpoint, tmp_path, succeed, fail):
+    argv = flags(checkpoint, tokens_file, tmp_path / "run")
+    with train.alone_in(tmp_path / "run"):
+        assert "run was in use by another run, must be free" in fail(*argv)
+    succeed(*argv)
+
+
+def test_a_merged_model_is_not_written_over_another(
+    tokens_file, checkpoint, tmp_path, succeed, fail, monkeypatch
+):
+    """One that came while the run went on."""
+    merged = tmp_path / "merged"
+    argv = flags(checkpoint, tokens_file, tmp_path / "run", "--lora", "--merge", merged)
+
+    def save_theirs(model, folder, tokenizer):
+        save_model(model, folder, tokenizer)
+        merged.mkdir(exist_ok=True)
+        (merged / "mine").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_model", save_theirs)
+        assert f"--merge: {merged} was there already, must be new" in fail(*argv)
+    assert [path.name for path in merged.iterdir()] == ["mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
+    succeed("--out", tmp_path / "run", "--resume", "--merge", tmp_path / "other")
 
 
 # Killed
@@ -1186,7 +1231,7 @@ def test_what_a_failed_start_has_made_is_made_anew(tmp_path, succeed, fail):
     init = "--init", tmp_path / "config.json", "--tokenizer"
     out = tmp_path / "run"
     assert "tokenizer: was of 500" in fail(*flags(None, ROOT / "dct.py", out, *init, "train:500"))
-    assert list(out.iterdir()) == []
+    assert not out.exists()
     too_long = "--seq-len", 10**6
     error = fail(*flags(None, ROOT / "dct.py", out, *init, "train:400", *too_long))
     assert "must be over --seq-len, 1000000" in error
