@@ -25,7 +25,7 @@ from levels import LevelsCache, LevelsConfig
 from lora import BUILT_IN, find_adapter
 from model import FullCache, Llama, LlamaConfig
 from weights import Tokenizer, find, load_model, load_tokenizer
-from weights.files import check_folder, check_writable, read_json
+from weights.files import check_folder, check_writable, name_file, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPERATORS: dict[str, Operator] = {"freqkv": lowband, "distinct": distinct, "window": newest}
@@ -173,6 +173,13 @@ def name_or_path(text: str) -> str:
     if not text:
         raise ArgumentTypeError("was '', must be a name or a path")
     return text
+
+
+def path(text: str) -> Path:
+    """The type of a flag that takes a path."""
+    if not text:
+        raise ArgumentTypeError("was '', must be a path")
+    return Path(text)
 
 
 def several(parse: Callable[[str], Any], repeats: bool = False) -> Callable[[str], list[Any]]:
@@ -343,8 +350,15 @@ def load_model_for(
 
 def choose_schedule(args: Namespace, model: LlamaConfig) -> Schedule:
     """The schedule: flags first, then what the model was tuned with, then the paper's settings."""
-    tuned = tuned_settings(args.model, args.adapter)
-    return make_schedule(given_settings(args), model, tuned)
+    given = given_settings(args)
+    path = find_tuned(args.model, args.adapter)
+    if path is None:
+        return make_schedule(given, model)
+    tuned = read_tuned(path)
+    if "window" not in given:
+        with name_file(path):  # what is wrong with it is not the flags' fault
+            make_schedule({}, model, tuned)
+    return make_schedule(given, model, tuned)
 
 
 def choose_cache_name(args: Namespace) -> str:
@@ -366,16 +380,27 @@ def given_settings(source: object) -> dict[str, Any]:
 
 def tuned_settings(model: str, adapter: str | None) -> dict[str, Any]:
     """The settings that train.py has left with an adapter, or else with a model, if any."""
+    path = find_tuned(model, adapter)
+    return {} if path is None else read_tuned(path)
+
+
+def find_tuned(model: str, adapter: str | None) -> Path | None:
+    """The file of these settings, if there is one."""
     folders = [find(model)]
     if adapter is not None:
         folders.insert(0, find_adapter(adapter))
     for folder in folders:
         path = folder / "freqkv.json"
         if path.exists():
-            settings = read_json(path)
-            check_tuned(path, settings)
-            return settings
-    return {}
+            return path
+    return None
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """The settings in such a file; ValueError unless they are such as train.py writes."""
+    settings = read_json(path)
+    check_tuned(path, settings)
+    return settings
 
 
 def check_tuned(path: Path, settings: dict[str, Any]) -> None:

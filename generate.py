@@ -457,6 +457,11 @@ def main(argv: list[str] | None = None) -> None:
             check_length(total, model)
         cache = cli.make_cache(name, cli.choose_schedule(args, model.config), total)
 
+    if args.compile:
+        from steady import check_compiler  # with the compiler, which takes seconds to import
+
+        check_compiler(device)
+
     start = cli.read_clock(device)
     logits = read(model, tokens, cache, args.chunk, progress=True)
     read_seconds = cli.read_clock(device) - start

@@ -66,7 +66,7 @@ class Steady:
             values = cache._values[layer]
             slot, _ = cache._make_room(keys, values, seen, self.model.rope)
         self._slot.fill_(slot)
-        logits = self._run(tokens)
+        logits = _run(self._step, tokens)
         for layer in cache._tokens:
             cache._tokens[layer] += 1
         cache._busy = False
@@ -74,13 +74,6 @@ class Steady:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Steady":
         raise TypeError("Steady: was copied, must be made anew, of a copy of its cache")
-
-    def _run(self, tokens: Tensor) -> Tensor:
-        try:
-            return self._step(tokens)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = " ".join(str(error).split("\n")[:2])
-            raise ValueError(f"torch.compile: failed ({why}), must work, or be left out") from error
 
     def _forward(self, tokens: Tensor) -> Tensor:
         hidden = self.model.hidden(tokens[:, None], self._attend)
@@ -97,6 +90,19 @@ class Steady:
         in_use = (self._slots <= self._slot).expand(batch, k.shape[1], groups.shape[2], -1)
         out = F.scaled_dot_product_attention(groups, keys, values, in_use)
         return out.reshape(batch, heads, 1, dim)
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile does not work here, found out before work is done for it."""
+    _run(compile_step(lambda x: 2 * x + 1), torch.ones(8, device=device))
+
+
+def _run(step: Step, x: Tensor) -> Tensor:
+    try:
+        return step(x)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = " ".join(str(error).split("\n")[:2])
+        raise ValueError(f"torch.compile: failed ({why}), must work, or be left out") from error
 
 
 def compile_step(step: Step) -> Step:

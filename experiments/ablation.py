@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--strategies: was full alone, must have one with slots")
     if args.plot:
         report.check_plots()
-    folder = report.open_folder(args.out, "ablation", args.model)
+    folder = report.open_folder(args.out, "ablation", args.model, args.adapter)
     model, tokenizer = cli.load(args)
     base = harness.require_paper(cli.choose_schedule(args, model.config))
     strategies = make_grid(args.strategies, base, args.ratios, args.sink_counts, args.recents)

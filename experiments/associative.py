@@ -250,7 +250,7 @@ def add_flags(parser: cli.Parser) -> None:
         help="tokens of texts to test on [the trained length, 2 and 16 times it]")  # fmt: skip
     text = "filler that repeats a phrase, in place of random filler"
     add("--structured", action="store_true", help=text)
-    add("--out", type=Path, default=Path("runs/associative"), help="folder [%(default)s]")
+    add("--out", type=cli.path, default=Path("runs/associative"), help="folder [%(default)s]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
 
 

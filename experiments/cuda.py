@@ -277,7 +277,7 @@ def make_parser() -> cli.Parser:
     add("--texts", nargs="+", metavar="PATH", help="texts to measure on [Python's, held out]")
     text = f"of tuning, for each kind of attention [{MINUTES:g}]"
     add("--minutes", type=cli.real(0, 600), help=text)
-    add("--out", type=Path, default=Path("runs/cuda"), help="folder [%(default)s]")
+    add("--out", type=cli.path, default=Path("runs/cuda"), help="folder [%(default)s]")
     text = "the built-in model and small sizes: does every piece run?"
     add("--quick", action="store_true", help=text)
     return parser
@@ -291,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.choose_device(args.device)
     data_files(args.data, "--data")
     data_files(args.texts, "--texts")
-    folder = report.open_folder(args.out, "cuda", "all").absolute()
+    cli.make_folder("--out", args.out)
+    folder = args.out.absolute()
     plan = QUICK if args.quick else FULL
     settings = vars(args).copy()
     del settings["out"]

@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     text = "share of the paragraphs that are learnt [%(default)s]"
     add("--learnt", type=cli.real(0, 1), default=0.03, help=text)
     add("--seed", type=integer(0), default=0, help="of what is drawn at random [%(default)s]")
-    add("--out", type=Path, required=True, help="the file to write, a JSON record a line")
+    add("--out", type=cli.path, required=True, help="the file to write, a JSON record a line")
     args = parser.parse_args(argv)
-    if args.out.exists():
+    if args.out.exists() or args.out.is_symlink():
         raise FileExistsError(f"--out: {args.out} was there already, must be new")
     if not args.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: was {args.out}, must be a file in an existing folder")

@@ -51,7 +51,7 @@ def add_flags(parser: cli.Parser) -> None:
     text = f"of {','.join(STRATEGIES)}, with commas between [%(default)s]"
     names = one_of_each(STRATEGIES)
     add("--strategies", type=names, default="full,freqkv,window", metavar="S,S", help=text)
-    add("--out", type=Path, help="folder for results [runs/NAME-MODEL]")
+    add("--out", type=cli.path, help="folder for results [runs/NAME-MODEL]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
     text = "windows of a text, or records, at most [all; in spectrum, 8 windows]"
     add("--limit", type=cli.integer(0), default=0, help=text)
@@ -261,6 +261,14 @@ def describe_windows(texts: Sequence[Document], windows: Sequence[Window], times
 
 
 # Reading
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer was read from, and of its template."""
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    for file in tokenizer.files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def open_journal(path: Path, model: Llama, *about: object) -> Journal:

@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.plot:
         report.check_plots()
-    folder = report.open_folder(args.out, "longbench", args.model)
+    folder = report.open_folder(args.out, "longbench", args.model, args.adapter)
     model, tokenizer = cli.load(args)
     strategies = harness.make_strategies(args.strategies, cli.choose_schedule(args, model.config))
     records = []
@@ -209,7 +209,9 @@ def main(argv: list[str] | None = None) -> None:
         check_template(tokenizer)
 
     path = folder / "longbench.journal.jsonl"
-    journal = harness.open_journal(path, model, args.chat, args.bos)
+    journal = harness.open_journal(
+        path, model, args.chat, args.bos, harness.hash_tokenizer(tokenizer)
+    )
     answer_all(model, tokenizer, strategies, records, journal, args.chat, args.bos, args.chunk)
     rows = []
     for strategy in strategies:

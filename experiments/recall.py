@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.plot:
         report.check_plots()
-    folder = report.open_folder(args.out, "recall", args.model)
+    folder = report.open_folder(args.out, "recall", args.model, args.adapter)
     model, tokenizer = cli.load(args)
     schedule = cli.choose_schedule(args, model.config)
     strategies = harness.make_strategies(args.strategies, schedule)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import cli
-from weights.files import damaged, read_text, write_beside, write_json
+from weights.files import damaged, read_json, read_text, write_beside, write_json
 
 Record = dict[str, Any]
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -39,16 +39,46 @@ LOOKS = [
 # The folder, and what is in it
 
 
-def open_folder(out: Path | None, name: str, model: str) -> Path:
-    """The folder for results, made if it is new: `out`, else runs/NAME-MODEL.
+def open_folder(out: Path | None, name: str, model: str, adapter: str | None = None) -> Path:
+    """The folder for results, made if it is new: `out`, else runs/NAME-MODEL-ADAPTER.
 
-    OSError, before any work is done, where results could not go there.
+    OSError or ValueError, before any work is done, where results could not go there, or would
+    replace those of another model or adapter.
     """
     if out is None:
-        stem = Path(model).resolve().name.removesuffix(".gguf")
-        out = Path("runs") / f"{name}-{stem}"
+        words = [name, name_path(model)]
+        if adapter is not None:
+            words.append(name_path(adapter))
+        out = Path("runs") / "-".join(words)
     cli.make_folder("--out", out)
+    check_results(out, name, model, adapter)
     return out
+
+
+def name_path(path: str) -> str:
+    """What to call a model or an adapter by its path: train.py calls all that it writes alike."""
+    place = Path(path).resolve()
+    if place.name in ("model", "adapter"):
+        return place.parent.name
+    return place.name.removesuffix(".gguf")
+
+
+def check_results(folder: Path, name: str, model: str, adapter: str | None) -> None:
+    """ValueError where a folder holds such results of another model or adapter, or of nobody."""
+    path = folder / f"{name}.settings.json"
+    if not path.exists():
+        for ending in ("json", "csv"):
+            file = folder / f"{name}.{ending}"
+            if file.exists():
+                raise ValueError(f"--out: {file} was no result of this, must be in another folder")
+        return
+    settings = read_json(path).get("settings")
+    with damaged(path, "what a measurement has written"):
+        held = (settings.get("model", model), settings.get("adapter", adapter))
+    if held != (model, adapter):
+        was = " with ".join(word for word in held if word)
+        must = " with ".join(word for word in (model, adapter) if word)
+        raise ValueError(f"--out: {folder} held {name} of {was}, must be of {must}, or new")
 
 
 class Journal:
@@ -211,6 +241,8 @@ def check_picture(flag: str, path: Path) -> None:
 
 def is_picture(path: Path) -> bool:
     """Whether the file is one of `draw_picture`."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(4) == b"\x89PNG"
 

@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.plot:
         report.check_plots()
-    folder = report.open_folder(args.out, "spectrum", args.model)
+    folder = report.open_folder(args.out, "spectrum", args.model, args.adapter)
     model, tokenizer = cli.load(args)
     schedule = harness.require_paper(cli.choose_schedule(args, model.config))
     vocab = model.config.vocab_size
@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
 
     measure(model, probe, windows)
     energy = probe.energy
+    if not np.isfinite(energy).all():
+        raise ValueError("keys and values: were not numbers, must be; a weight may be damaged")
     heads = record_heads(energy)
     errors = measure_errors(probe)
 

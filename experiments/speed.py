@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -620,6 +619,9 @@ def draw(figure: Any, records: Sequence[Record], what: Picture) -> None:
 # The script
 
 
+FIXED = ["compression", "big"]  # whose records say what they are of, whatever the flags do
+
+
 def add_flags(parser: cli.Parser) -> None:
     """The command line."""
     add = parser.add_argument
@@ -631,7 +633,7 @@ def add_flags(parser: cli.Parser) -> None:
     add("--device", help="cpu, cuda, ... [cuda where there is one]")
     add("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on cuda, float32 elsewhere]")
     add("--compile", action="store_true", help="decode: by one compiled graph too (steady.py)")
-    add("--out", type=Path, default=Path("runs/speed"), help="for results [%(default)s]")
+    add("--out", type=cli.path, help="folder for results [runs/speed-MODEL]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
 
 
@@ -653,14 +655,25 @@ def main(argv: list[str] | None = None) -> None:
     peers.check_model(args.model)
     if args.plot:
         report.check_plots()
+    cases = args.cases or list(CASES)
     folder = report.open_folder(args.out, "speed", args.model)
+    for name in cases:
+        if name not in FIXED:
+            report.check_results(folder, name, args.model, None)
+    if args.compile:
+        from steady import check_compiler  # with the compiler, which takes seconds to import
+
+        check_compiler(device)
 
     setup = Setup(sizes, args.model, device, dtype, args.compile)
-    for name in args.cases or CASES:
+    for name in cases:
         print(f"\n{name}: {CASES[name].__doc__}", flush=True)
         records = CASES[name](setup)
         print(format_records(records))
-        report.write_results(folder, name, records, vars(args))
+        settings = vars(args)
+        if name in FIXED:
+            settings = settings | {"model": None, "dtype": None}
+        report.write_results(folder, name, records, settings)
         if args.plot:
             for what in PICTURES.get(name, []):
                 report.draw_picture(folder / what.file, draw, records, what)

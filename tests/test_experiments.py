@@ -481,11 +481,26 @@ def test_the_folder(tmp_path, monkeypatch):
         assert folder.resolve() == tmp_path / f"runs/recall-{name}"
         assert folder.is_dir()
     assert report.open_folder(tmp_path / "a/b", "recall", "tiny") == tmp_path / "a/b"
+    # What train.py has written is called by the name of its run.
+    made = report.open_folder(None, "recall", "runs/x/model", "runs/y/adapter")
+    assert made.resolve() == tmp_path / "runs/recall-x-y"
     (tmp_path / "file").write_text("mine")
     for path, why in (("file", ".*"), ("file/below", "Not a directory")):
         with pytest.raises(OSError, match=f"--out: .*{path}: {why}, must be a folder, or new"):
             report.open_folder(tmp_path / path, "recall", "tiny")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_results_of_another_model_stay(tmp_path):
+    report.write_results(tmp_path, "recall", [{"a": 1}], {"model": "x", "adapter": None})
+    report.open_folder(tmp_path, "recall", "x")  # the same again
+    report.open_folder(tmp_path, "perplexity", "y")  # another measurement
+    for model, adapter, must in (("y", None, "of y"), ("x", "z", "of x with z")):
+        with pytest.raises(ValueError, match=f"held recall of x, must be {must}, or new"):
+            report.open_folder(tmp_path, "recall", model, adapter)
+    (tmp_path / "spectrum.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"spectrum.json was no result of this"):
+        report.open_folder(tmp_path, "spectrum", "x")
 
 
 def test_a_table_has_columns():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import generate
+import steady
 from cli import OPERATORS, make_schedule
 from freqkv import FreqKVAttention, FreqKVCache, FreqKVConfig
 from generate import Sampling
@@ -169,6 +170,16 @@ def test_same_seed_same_text(script):
     assert first.out == again.out != other.out
 
 
+def test_a_compiler_that_is_missing_is_found_before_the_text_is_read(script, monkeypatch):
+    def fail(x):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nto be found")
+
+    monkeypatch.setattr(steady, "compile_step", lambda step: fail)
+    ran = script("--prompt", STORY, "--compile")
+    assert (ran.code, "reading" in ran.err) == (2, False)
+    assert "torch.compile: failed (no compiler to be found), must work" in ran.err
+
+
 @pytest.mark.parametrize(
     ("cache", "what"),
     [("freqkv", "compression"), ("distinct", "selection"), ("window", "eviction")],
@@ -237,6 +248,18 @@ def test_a_text_is_read_and_saved_on_levels(script, checkpoint, tmp_path):
     fails(script(*ask, "--schedule", "paper"), "--schedule: was paper, must be levels, as the sav")
     fails(script(*ask, "--block", "3"), "--block: was 3, must be 2, as the saved cache has it")
     assert script(*ask, *levels).code == 0
+
+
+@pytest.mark.parametrize("tuned", [{"window": 4096}, {"window": 0}, {"window": 32, "recent": 30}])
+def test_wrong_settings_of_a_tuned_model_name_their_file(checkpoint, tmp_path, outcome, tuned):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    path = tmp_path / "tuned/freqkv.json"
+    path.write_text(json.dumps(tuned))
+    flags = ("--model", tmp_path / "tuned", "--prompt", "a", "--device", "cpu")
+    ran = outcome(generate, *flags)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert ran.err.startswith(f"generate.py: error: {path}: ")
+    assert outcome(generate, *flags, "--window", 64, "--max-new-tokens", 1).code == 0
 
 
 def test_a_ladder_as_wide_as_the_window(checkpoint, capsys):
