@@ -95,6 +95,15 @@ def test_files_by_folder_pattern_and_name(tmp_path):
         assert message in str(raised.value)
 
 
+def test_a_file_is_named_once_whatever_links_there_are(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("x")
+    (tmp_path / "in/again").symlink_to(".")  # a loop
+    (tmp_path / "link.txt").symlink_to("in/a.txt")
+    patterns = [str(tmp_path / "in"), str(tmp_path / "in/a.txt"), str(tmp_path / "link.txt")]
+    assert data.data_files(patterns) == [tmp_path / "in/a.txt"]
+
+
 def test_the_default_is_the_source_of_python(tmp_path, monkeypatch):
     for name in ("b.py", "a/c.py", "test/d.py", "a/tests/e.py", "site-packages/f.py", "g.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +125,7 @@ def test_files_by_content(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "vocab"), [("uint16", 1 << 16), ("uint32", (1 << 16) + 1)])
-def test_token_files(tmp_path, dtype, vocab):
+def test_token_files(tmp_path, capsys, dtype, vocab):
     for name, count in (("a", 100), ("b", 40)):
         np.arange(1, count + 1, dtype=dtype).tofile(tmp_path / f"{name}.bin")
     files = data.data_files([str(tmp_path)])
@@ -127,6 +136,9 @@ def test_token_files(tmp_path, dtype, vocab):
     assert isinstance(rows.train.streams[0], np.memmap)
     assert rows.sha256 != data.read_bins(files[:1], None, vocab, 10, 0.25).sha256
     assert rows.tokens_per_byte is None
+    assert capsys.readouterr().out == ""
+    data.read_bins(files, None, vocab, 40, 0)
+    assert "1 of 2 files are too short for a row of 40: left out" in capsys.readouterr().out
 
 
 def test_blocks_change_nothing(tmp_path, monkeypatch):
@@ -241,7 +253,8 @@ def test_text_is_tokenized_once(texts, tokenizer, tmp_path, monkeypatch):
 def test_tokens_that_are_not_what_their_record_says(texts, tokenizer, tmp_path):
     folder = tmp_path / "tokens"
     data.read_texts(texts, tokenizer, 20, 0.25, folder, "")
-    (folder / "tokens.bin").write_bytes(b"12345678")
+    content = np.fromfile(folder / "tokens.bin", np.uint32)
+    content[::-1].tofile(folder / "tokens.bin")
     with pytest.raises(ValueError, match="tokens: was damaged"):
         data.read_texts(texts, tokenizer, 20, 0.25, folder, "")
 
@@ -365,6 +378,8 @@ def test_labels_are_on_answers_alone(tokenizer, tmp_path, capsys):
     assert answers == [["yes", "yes"], ["no"], ["b", "d", "e"]]
     assert rows.train[0][1][-1] == tokenizer.eos_id  # to end is part of the answer
     assert "3 of 3 records have an answer within 100 tokens" in capsys.readouterr().out
+    other = replace(tokenizer, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert data.read_records(tmp_path / "x.json", other, 100, 0.4).sha256 != rows.sha256
 
 
 @pytest.mark.parametrize(
@@ -467,3 +482,4 @@ def test_pages_hold_all_lines(tmp_path):
     assert pages[-1] == "another"
     assert max(len(page) for page in pages if "y" not in page) <= 2000
     assert len(pages) < 15
+    assert max(len(page) for page in pages) <= 2500

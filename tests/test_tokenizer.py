@@ -726,6 +726,17 @@ def test_broken_declarations(tmp_path, name, content):
         load_tokenizer(tmp_path)
 
 
+def test_the_folder_above_is_asked_for_a_tokenizer_by_metas_models_alone(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    for name in ("theirs/consolidated.00.pth", "theirs/params.json", "ours/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ours/config.json").touch()
+    load_tokenizer(tmp_path / "theirs")
+    with pytest.raises(FileNotFoundError, match="ours: was without a tokenizer"):
+        load_tokenizer(tmp_path / "ours")
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="was a folder without a checkpoint"):
         load_tokenizer(tmp_path)
