@@ -61,11 +61,6 @@ from weights.files import (
 )
 from weights.safetensors_dir import read_config
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
-
 CHUNK = 1024  # tokens whose logits are in memory at a time
 VARIED_PARTS = [1, 2, 4]  # of the window, for --vary: all, a half, a fourth
 VARIED_SHARES = [0, 1 / 8, 1 / 4, 1 / 2]  # of that, left to recent tokens
@@ -588,18 +583,29 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Hold a folder, made if it is new, against other runs; OSError where one has it."""
+    is_new = not out.exists()
     cli.make_folder("--out", out)
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, out)
         yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+        if is_new:
+            with suppress(OSError):  # it holds a run
+                out.rmdir()
+
+
+def lock(descriptor: int, out: Path) -> None:
+    """Lock an open folder, which the end of the process undoes; OSError where it is locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"--out: {out} was in use by another run, must be free") from None
-    finally:
-        os.close(descriptor)
-        with suppress(OSError):  # nothing has come of it, or it is not empty
-            out.rmdir()
 
 
 def has_begun(out: Path, resume: bool) -> bool:

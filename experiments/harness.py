@@ -51,7 +51,7 @@ def add_flags(parser: cli.Parser) -> None:
     text = f"of {','.join(STRATEGIES)}, with commas between [%(default)s]"
     names = one_of_each(STRATEGIES)
     add("--strategies", type=names, default="full,freqkv,window", metavar="S,S", help=text)
-    add("--out", type=cli.path, help="folder for results [runs/NAME-MODEL]")
+    add("--out", type=cli.path, help="folder for results [runs/NAME-MODEL-ADAPTER]")
     add("--plot", action="store_true", help="draw pictures too (takes matplotlib)")
     text = "windows of a text, or records, at most [all; in spectrum, 8 windows]"
     add("--limit", type=cli.integer(0), default=0, help=text)

@@ -126,9 +126,6 @@ def write_results(
     folder: Path, name: str, records: Sequence[Record], settings: dict[str, Any]
 ) -> None:
     """Write records to NAME.json and NAME.csv, and what made them to NAME.settings.json."""
-    write_json(folder / f"{name}.json", list(records))
-    text = format_csv(records)
-    write_beside(folder / f"{name}.csv", lambda to: to.write_text(text, encoding="utf-8"))
     plain = {}
     for key, value in settings.items():
         plain[key] = str(value) if isinstance(value, Path) else value
@@ -140,7 +137,10 @@ def write_results(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "settings": plain,
     }
-    write_json(folder / f"{name}.settings.json", about)
+    write_json(folder / f"{name}.settings.json", about)  # first: it says whose the others are
+    write_json(folder / f"{name}.json", list(records))
+    text = format_csv(records)
+    write_beside(folder / f"{name}.csv", lambda to: to.write_text(text, encoding="utf-8"))
     print(f"{folder / name}.json, .csv and .settings.json")
 
 
