@@ -63,7 +63,7 @@ def name_path(path: str) -> str:
     return place.name.removesuffix(".gguf")
 
 
-def check_results(folder: Path, name: str, model: str, adapter: str | None) -> None:
+def check_results(folder: Path, name: str, model: str | None, adapter: str | None) -> None:
     """ValueError where a folder holds such results of another model or adapter, or of nobody."""
     path = folder / f"{name}.settings.json"
     if not path.exists():

@@ -658,8 +658,7 @@ def main(argv: list[str] | None = None) -> None:
     cases = args.cases or list(CASES)
     folder = report.open_folder(args.out, "speed", args.model)
     for name in cases:
-        if name not in FIXED:
-            report.check_results(folder, name, args.model, None)
+        report.check_results(folder, name, None if name in FIXED else args.model, None)
     if args.compile:
         from steady import check_compiler  # with the compiler, which takes seconds to import
 
