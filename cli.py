@@ -355,10 +355,12 @@ def choose_schedule(args: Namespace, model: LlamaConfig) -> Schedule:
     if path is None:
         return make_schedule(given, model)
     tuned = read_tuned(path)
-    if "window" not in given:
-        with name_file(path):  # what is wrong with it is not the flags' fault
+    try:
+        return make_schedule(given, model, tuned)
+    except ValueError:
+        with name_file(path):  # it may be wrong without any flags
             make_schedule({}, model, tuned)
-    return make_schedule(given, model, tuned)
+        raise
 
 
 def choose_cache_name(args: Namespace) -> str:

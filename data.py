@@ -262,7 +262,8 @@ def read_texts(
     with damaged(folder, "as it was written, or removed"):
         tokens = np.memmap(folder / "tokens.bin", np.uint32, mode="r")
         cut = sizes["train_tokens"]
-        if hash_tokens(folder / "tokens.bin") != sizes["tokens_sha256"]:
+        written = hash_tokens(folder / "tokens.bin")
+        if sizes.get("tokens_sha256", written) != written:  # earlier versions wrote none
             raise ValueError("tokens.bin was changed")
         tokens_per_byte = sizes["held_out_tokens"] / max(sizes["held_out_bytes"], 1)
     train, held_out = pack([tokens[:cut]], [tokens[cut:]], seq_len)
@@ -271,7 +272,19 @@ def read_texts(
 
 def hash_tokens(path: Path) -> str:
     """A hash of a file of tokens."""
-    return hashlib.sha256(np.memmap(path, np.uint8, mode="r")).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer was read from, and of its template."""
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    for file in tokenizer.files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def write_tokens(
@@ -341,10 +354,7 @@ def read_records(file: Path, tokenizer: Tokenizer, seq_len: int, val_share: floa
     if not rows:
         raise ValueError(f"{file}: had no answer within --seq-len, {seq_len}, must have one")
     print(f"{len(rows)} of {len(records)} records have an answer within {seq_len} tokens")
-    digest = hashlib.sha256(text.encode())
-    for tokens, labels in rows:  # a template may have the date in it
-        digest.update(tokens.numpy())
-        digest.update(labels.numpy())
+    digest = hashlib.sha256((text + hash_tokenizer(tokenizer)).encode())
     cut = len(rows) - int(len(rows) * val_share)
     return Data(rows[:cut], rows[cut:], digest.hexdigest())
 

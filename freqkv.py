@@ -140,13 +140,13 @@ def distinct(keys: Tensor, values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def _number_ties(ascending: Tensor) -> Tensor:
     """Numbers for likenesses [B, K, n] in ascending order: rising, the same for all of a tie.
 
-    Neighbours closer than TIE are tied. In a long span they all may be, so ties end at 10 TIE.
+    Neighbours closer than TIE are tied. In a long span they all may be, so ties end at 10 TIE; of
+    two copies that such an end comes between, rounding chooses.
     """
     is_new = F.pad(ascending.diff(dim=-1) > TIE, (1, 0))  # [B, K, n]
     place = torch.arange(ascending.shape[-1], device=ascending.device)
-    start = (
-        torch.where(is_new, place, 0).cummax(dim=-1).values
-    )  # where the neighbours of each begin
+    # Where the neighbours of each begin.
+    start = torch.where(is_new, place, 0).cummax(dim=-1).values
     width = ascending - ascending.gather(-1, start)
     part = (width / (10 * TIE)).long()
     is_new = is_new | F.pad(part.diff(dim=-1) > 0, (1, 0))

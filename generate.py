@@ -189,7 +189,9 @@ def load_cache(path: Path, name: str | None, model: Llama) -> FreqKVCache:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: was not whole ({error}), must be a saved cache") from None
     if about.get("model") != fingerprint(model):
-        raise ValueError(f"{path}: was of another model, adapter or dtype, must be of this one")
+        raise ValueError(
+            f"{path}: was of another model, adapter, dtype or version, must be of this one"
+        )
     saved = about.get("cache")
     if saved not in cli.OPERATORS or name not in (None, saved):
         raise ValueError(f"{path}: was of --cache {saved}, must be of {name or 'a known one'}")

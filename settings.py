@@ -102,10 +102,13 @@ class Settings:
                 raise ValueError(f"--{one}: was given with --{other}, must be without")
         if self.merge and not self.lora and not self.adapter:
             raise ValueError("--merge: was given alone, must be with --lora or --adapter")
-        if self.merge and self.lora and is_inside(Path(self.merge), Path(self.out)):
-            raise ValueError(
-                f"--merge: was {self.merge}, must be outside the run's folder, {self.out}"
-            )
+        if self.merge and self.lora:
+            merged = Path(self.merge)
+            out = Path(self.out)
+            if is_inside(merged, out) or is_inside(out, merged):
+                raise ValueError(
+                    f"--merge: was {merged}, must be apart from the run's folder, {out}"
+                )
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -262,7 +265,7 @@ def name_folder(given: dict[str, Any], recipe: str) -> str:
 def check_new(folder: Path) -> None:
     """OSError unless a merged model can be written to a folder, which must be new."""
     if folder.exists() or folder.is_symlink():
-        raise FileExistsError(f"--merge: {folder} was there already, must be new")
+        raise FileExistsError(f"--merge: {folder} was there already, must be new: name another")
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(
@@ -309,6 +312,8 @@ def read_settings(path: Path) -> Settings:
     values = {}
     flags = []
     for field in fields(Settings):
+        if field.name == "model_sha256":  # which earlier versions did not write
+            content.setdefault(field.name, None)
         if field.name not in content:
             raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
         value = content[field.name]

@@ -13,6 +13,7 @@ model/ or adapter/, which are the last weights, and loss.png.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -91,6 +92,15 @@ def make_model(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
         parameter.data = parameter.data.to(wanted)
     model.gradient_checkpointing = settings.checkpointing
     return model
+
+
+def hash_start(model: Llama, settings: Settings) -> str:
+    """A hash of what a run begins from, but for what is drawn at random."""
+    if settings.init:
+        return hashlib.sha256(repr(model.config).encode()).hexdigest()
+    if settings.lora and not settings.adapter:
+        return fingerprint(model, leave_out=".lora_")
+    return fingerprint(model)
 
 
 def choose_attention(name: str, schedule: cli.Schedule) -> Attend:
@@ -523,7 +533,8 @@ def save_merged(
     model: Llama, folder: Path, tokenizer: Tokenizer | None, tuned: dict[str, Any]
 ) -> None:
     """Write a model into a new folder, whole or not at all; OSError where that is there by now."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
         save_model(model, beside, tokenizer)
         if tuned:
@@ -559,7 +570,7 @@ def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None
         if settings.data_sha256 not in (None, data.sha256):
             flag = "--sft" if settings.sft else "--data"
             raise ValueError(f"{flag}: was changed since the run began, must be the same to resume")
-        model_sha256 = fingerprint(model, trained=False)  # the others are in the checkpoints
+        model_sha256 = hash_start(model, settings)
         if settings.model_sha256 not in (None, model_sha256):
             flag = "--init" if settings.init else "--model"
             raise ValueError(f"{flag}: was changed since the run began, must be the same to resume")
@@ -585,27 +596,35 @@ def alone_in(out: Path) -> Iterator[None]:
     """Hold a folder, made if it is new, against other runs; OSError where one has it."""
     is_new = not out.exists()
     cli.make_folder("--out", out)
-    descriptor = os.open(out, os.O_RDONLY)
+    descriptor = lock(out)
     try:
-        lock(descriptor, out)
         yield
     finally:
-        os.close(descriptor)  # and with it the lock
         if is_new:
             with suppress(OSError):  # it holds a run
                 out.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def lock(descriptor: int, out: Path) -> None:
-    """Lock an open folder, which the end of the process undoes; OSError where it is locked."""
+def lock(out: Path) -> int | None:
+    """Lock a folder until the descriptor is closed, or the process ends; None without such locks.
+
+    OSError where another process has locked it.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows has no such locks
-        return
+    except ImportError:  # no POSIX
+        return None
+    descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise OSError(f"--out: {out} was in use by another run, must be free") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def has_begun(out: Path, resume: bool) -> bool:

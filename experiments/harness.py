@@ -263,14 +263,6 @@ def describe_windows(texts: Sequence[Document], windows: Sequence[Window], times
 # Reading
 
 
-def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """A hash of what a tokenizer was read from, and of its template."""
-    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
-    for file in tokenizer.files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def open_journal(path: Path, model: Llama, *about: object) -> Journal:
     """The journal of what is measured of this model, and of `about`."""
     return Journal(path, (fingerprint(model), describe_place(model)["dtype"], about))

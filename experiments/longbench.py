@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from data import data_files
+from data import data_files, hash_tokenizer
 from experiments import harness, report
 from experiments.harness import Strategy
 from experiments.metrics import ONE_LINE, PLAIN, TASKS
@@ -209,9 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         check_template(tokenizer)
 
     path = folder / "longbench.journal.jsonl"
-    journal = harness.open_journal(
-        path, model, args.chat, args.bos, harness.hash_tokenizer(tokenizer)
-    )
+    journal = harness.open_journal(path, model, args.chat, args.bos, hash_tokenizer(tokenizer))
     answer_all(model, tokenizer, strategies, records, journal, args.chat, args.bos, args.chunk)
     rows = []
     for strategy in strategies:

@@ -74,11 +74,28 @@ def check_results(folder: Path, name: str, model: str | None, adapter: str | Non
         return
     settings = read_json(path).get("settings")
     with damaged(path, "what a measurement has written"):
-        held = (settings.get("model", model), settings.get("adapter", adapter))
-    if held != (model, adapter):
-        was = " with ".join(word for word in held if word)
-        must = " with ".join(word for word in (model, adapter) if word)
+        held_model = settings.get("model", model)
+        held_adapter = settings.get("adapter", adapter)
+        is_same = is_same_path(held_model, model) and is_same_path(held_adapter, adapter)
+    if not is_same:
+        was = format_model(held_model, held_adapter)
+        must = format_model(model, adapter)
         raise ValueError(f"--out: {folder} held {name} of {was}, must be of {must}, or new")
+
+
+def is_same_path(one: str | None, other: str | None) -> bool:
+    """Whether two names or paths are of one thing, however they are spelled."""
+    if one is None or other is None:
+        return one is other
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def format_model(model: str | None, adapter: str | None) -> str:
+    """A model and its adapter, if it has one, as a person would say it."""
+    text = str(model)
+    if adapter is not None:
+        text += f" with {adapter}"
+    return text
 
 
 class Journal:

@@ -494,10 +494,14 @@ def test_the_folder(tmp_path, monkeypatch):
 def test_results_of_another_model_stay(tmp_path):
     report.write_results(tmp_path, "recall", [{"a": 1}], {"model": "x", "adapter": None})
     report.open_folder(tmp_path, "recall", "x")  # the same again
+    report.open_folder(tmp_path, "recall", "./x")
     report.open_folder(tmp_path, "perplexity", "y")  # another measurement
     for model, adapter, must in (("y", None, "of y"), ("x", "z", "of x with z")):
         with pytest.raises(ValueError, match=f"held recall of x, must be {must}, or new"):
             report.open_folder(tmp_path, "recall", model, adapter)
+    (tmp_path / "perplexity.settings.json").write_text('{"settings": {"model": 3}}')
+    with pytest.raises(ValueError, match=r"perplexity.settings.json: was damaged"):
+        report.open_folder(tmp_path, "perplexity", "x")
     (tmp_path / "spectrum.json").write_text("mine")
     with pytest.raises(ValueError, match=r"spectrum.json was no result of this"):
         report.open_folder(tmp_path, "spectrum", "x")

@@ -645,7 +645,8 @@ def test_lora_and_merge(checkpoint, tokens_file, tmp_path, succeed, script):
     # Once more at the end of the run: what was merged may have been changed since.
     argv = "--out", first, "--resume"
     assert (
-        script(*argv).err == f"train.py: error: --merge: {merged} was there already, must be new\n"
+        script(*argv).err
+        == f"train.py: error: --merge: {merged} was there already, must be new: name another\n"
     )
     succeed(*argv, "--merge", tmp_path / "again")
     assert list(files_in(tmp_path / "again").values()) == list(files_in(merged).values())
@@ -962,6 +963,28 @@ def test_resuming_a_lora_on_other_weights_is_refused(
     assert "--model: was changed since the run began, must be" in fail(*argv, "--resume")
 
 
+def test_resuming_with_another_teacher_is_refused(tokens_file, checkpoint, tmp_path, succeed, fail):
+    model = load_model(checkpoint)
+    save_model(model, tmp_path / "model", load_tokenizer(checkpoint))
+    argv = flags(tmp_path / "model", tokens_file, tmp_path / "run", "--full", "--distill", 0.5)
+    succeed(*argv)
+    with torch.no_grad():
+        model.norm.weight *= 2
+    save_model(model, tmp_path / "model", load_tokenizer(checkpoint))
+    assert "--model: was changed since the run began, must be" in fail(*argv, "--resume")
+
+
+def test_a_run_of_an_earlier_version_goes_on(tokens_file, checkpoint, tmp_path, succeed):
+    argv = flags(checkpoint, tokens_file, tmp_path / "run")
+    succeed(*argv)
+    path = tmp_path / "run/config.json"
+    content = json.loads(path.read_text())
+    del content["model_sha256"]
+    path.write_text(json.dumps(content))
+    succeed(*argv, "--resume")
+    assert json.loads(path.read_text())["model_sha256"]
+
+
 def test_a_folder_is_for_one_run_at_a_time(tokens_file, checkpoint, tmp_path, succeed, fail):
     argv = flags(checkpoint, tokens_file, tmp_path / "run")
     with train.alone_in(tmp_path / "run"):
@@ -1146,9 +1169,10 @@ BAD = [
     (["--adapter", ADAPTER, "--merge", "y"], "was given to merge --adapter, must be with --lora"),
     (["--window", 10**20], "must be a whole number, 1 or more, at most 9223372036854775807"),
     (["--merge", "x"], "--merge: was given alone"),
-    (["--lora", "--merge", "."], "--merge: . was there already, must be new"),
-    (["--lora", "--merge", "run/adapter"], "run/adapter, must be outside the run's folder"),
-    (["--lora", "--merge", "run"], "run, must be outside the run's folder"),
+    (["--lora", "--merge", "."], "--merge: was ., must be apart from the run's folder, run"),
+    (["--lora", "--merge", "run/adapter"], "run/adapter, must be apart from the run's folder"),
+    (["--lora", "--merge", "run"], "run, must be apart from the run's folder"),
+    (["--lora", "--merge", "new", "--out", "new/run"], "new, must be apart from the run's folder"),
 ]
 
 

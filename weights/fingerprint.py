@@ -8,14 +8,15 @@ from torch import Tensor
 from model import Llama
 
 
-def fingerprint(model: Llama, trained: bool = True) -> str:
+def fingerprint(model: Llama, leave_out: str | None = None) -> str:
     """A hash of a model's config, dtype and weights: of some in their places, and of all summed.
 
-    trained: with those that need gradients. It takes as long as reading the weights once.
+    leave_out: what is part of the names of weights that do not count. It takes as long as reading
+    the weights once.
     """
     digest = hashlib.sha256(f"{model.config} {model.norm.weight.dtype}".encode())
-    for parameter in model.parameters():
-        if parameter.requires_grad and not trained:
+    for name, parameter in model.named_parameters():
+        if leave_out is not None and leave_out in name:
             continue
         values = parameter.detach().flatten()
         step = max(len(values) // 64, 1)
