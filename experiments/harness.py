@@ -169,7 +169,10 @@ def read_documents(
     if patterns is None:
         return [Document("held-out source of Python", read_held_out(tokenizer))]
     documents = []
-    for file in data_files(patterns):
+    files = data_files(patterns)
+    if bin_dtype is not None and not any(file.suffix == ".bin" for file in files):
+        raise ValueError(f"--bin-dtype: was {bin_dtype}, must be with .bin files alone")
+    for file in files:
         if file.suffix == ".bin":
             tokens = map_bin(file, bin_dtype, vocab)
         else:

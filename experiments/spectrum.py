@@ -235,6 +235,8 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    if args.ratio is not None:
+        raise ValueError("--ratio: was given, must be --ratios here")
     if args.plot:
         report.check_plots()
     folder = report.open_folder(args.out, "spectrum", args.model, args.adapter)

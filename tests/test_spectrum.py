@@ -4,20 +4,23 @@ Run: pytest tests/test_spectrum.py
 """
 
 import json
+import math
 import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from experiments import spectrum
 from experiments.harness import OPERATORS
 from freqkv import FreqKVAttention, FreqKVConfig
 from model import causal_attention
-from tests.helpers import plain_rope, random_qkv, random_tokens, tiny_checkpoint, tiny_model
+from tests.helpers import ROOT, plain_rope, random_qkv, random_tokens, tiny_checkpoint, tiny_model
 
 N = 48  # samples of a signal
 D = 6  # channels
@@ -383,6 +386,11 @@ def test_constant_keys_can_be_drawn(figure, tmp_path):
         (["--suggest", "0.99"], "--suggest: was '0.99', must be a number"),
         (["--suggest", "0.04"], "--suggest: was '0.04', must be a number"),
         (["--data", "nowhere"], "--data: nowhere held no file"),
+        (["--ratio", "0.25"], "--ratio: was given, must be --ratios here"),
+        (
+            ["--data", ROOT / "LICENSE", "--bin-dtype", "uint32"],
+            "--bin-dtype: was uint32, must be with .bin files alone",
+        ),
     ],
 )
 def test_bad_flags(script, flags, says):
@@ -397,3 +405,15 @@ def test_a_text_shorter_than_the_window(script, tmp_path):
     ran = script("--window", 31)
     assert ran.code == 2
     assert "--window: was 31, must be at most the longest text's 30" in ran.err
+
+
+def test_a_weight_that_is_no_number(script, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, path)
+    ran = script("--model", tmp_path / "model")
+    assert ran.code == 2
+    last = ran.err.strip().split("\n")[-1]
+    assert "keys and values: were not numbers, must be; a weight may be damaged" in last
