@@ -656,6 +656,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         report.check_plots()
     cases = args.cases or list(CASES)
+    if args.compile and "decode" not in cases:
+        raise ValueError(f"--compile: was given with {', '.join(cases)}, must be with decode")
     folder = report.open_folder(args.out, "speed", args.model)
     for name in cases:
         report.check_results(folder, name, None if name in FIXED else args.model, None)

@@ -512,6 +512,7 @@ def test_what_cannot_be_compared_is_left_out(checkpoint, outcome, tmp_path, monk
         (["decode", "speed"], "CASE: was 'speed', must be of decode, roofline"),
         (["compression", "--quick", "--model", "no/such"], "no/such"),
         (["decode", "--device", "cuda:99"], "--device: was 'cuda:99'"),
+        (["roofline", "--quick", "--compile"], "--compile: was given with roofline, must be with"),
         (["decode", "--dtype", "int8"], "--dtype"),
         (["decode", "--quick", "--out", "/proc"], "/proc"),
     ],
