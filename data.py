@@ -123,7 +123,7 @@ def data_files(patterns: Sequence[str] | None, flag: str = "--data") -> list[Pat
     files: dict[Path, Path] = {}
     for pattern in patterns:
         for file in sorted(match_files(pattern, flag)):
-            files.setdefault(file.resolve(), file)
+            files.setdefault(file.resolve(), file)  # once, whatever links there are
     return sorted(files.values())
 
 
@@ -138,14 +138,14 @@ def match_files(pattern: str, flag: str = "--data") -> set[Path]:
         pattern = glob.escape(pattern) + "/**"
     elif path.exists():  # a name, though it may look like a pattern
         pattern = glob.escape(pattern)
-    files = {}
-    for name in sorted(glob.glob(pattern, recursive=True)):
+    files = set()
+    for name in glob.glob(pattern, recursive=True):
         file = Path(name)
         if file.is_file() and file.stat().st_size > 0:
-            files.setdefault(file.resolve(), file)  # once, whatever links there are
+            files.add(file)
     if not files:
         raise FileNotFoundError(f"{flag}: {pattern} held no file with content, must hold one")
-    return set(files.values())
+    return files
 
 
 def find_python_source() -> list[Path]:
