@@ -25,6 +25,7 @@ class Checkpoints:
             shutil.rmtree(stale)
 
     def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
@@ -73,7 +74,7 @@ class Checkpoints:
                     raise ValueError(f"without {name}")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             record = read_json(folder / "record.json")
-            missing = {"optimizer", "step", "best"} - {*state, *record}
+            missing = {"optimizer", "step", "best"} - state.keys() - record.keys()
             if missing:
                 raise ValueError(f"without {min(missing)}")
             if record["step"] != step:

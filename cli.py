@@ -156,12 +156,12 @@ def real(
         except ValueError:
             value = math.nan
         high_enough = value > least if above else value >= least
-        low_enough = value < most if below or most == math.inf else value <= most
-        if not (high_enough and low_enough):
+        low_enough = value < most if below else value <= most
+        if not (high_enough and low_enough and math.isfinite(value)):
             start = f"more than {least}" if above else f"{least} or more"
-            limit = f", below {most}" if below else f", at most {most}"
-            if most == math.inf:
-                limit = ""
+            limit = ""
+            if most < math.inf:
+                limit = f", below {most}" if below else f", at most {most}"
             raise ArgumentTypeError(f"was {text!r}, must be a number, {start}{limit}")
         return value
 

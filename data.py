@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from weights import Tokenizer, chat_tokens
 from weights.files import damaged, read_json, read_text, write_json
+from weights.fingerprint import hash_tokenizer
 
 IGNORE = -100  # a label that takes no part in the loss
 BLOCK = 1 << 24  # tokens of a mapped file that are looked at together
@@ -186,10 +187,16 @@ def read_bins(
         train.append(tokens[:cut])
         held_out.append(tokens[cut:])
     train_rows, held_out_rows = pack(train, held_out, seq_len)
-    short = sum(len(stream) <= seq_len for stream in train)
-    if short > 0:
-        print(f"{short} of {len(train)} files are too short for a row of {seq_len}: left out")
+    short = [stream for stream in train if len(stream) <= seq_len]
+    if short:
+        print(f"{len(short)} of {len(train)} files are too short for a row of {seq_len}: left out")
     return Data(train_rows, held_out_rows, digest.hexdigest())
+
+
+def check_bin_dtype(files: Sequence[Path], dtype: str | None) -> None:
+    """ValueError where a dtype of .bin files is given, and none of the files is one."""
+    if dtype is not None and not any(file.suffix == ".bin" for file in files):
+        raise ValueError(f"--bin-dtype: was {dtype}, must be with .bin files alone")
 
 
 def map_bin(file: Path, dtype: str | None, vocab: int) -> np.ndarray:
@@ -276,14 +283,6 @@ def hash_tokens(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """A hash of what a tokenizer was read from, and of its template."""
-    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
-    for file in tokenizer.files:
-        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -309,11 +309,10 @@ def as_flag(name: str) -> str:
 def read_settings(path: Path) -> Settings:
     """The settings in the config.json of a run; ValueError where one is missing or wrong."""
     content = read_json(path)
+    content.setdefault("model_sha256", None)  # which earlier versions did not write
     values = {}
     flags = []
     for field in fields(Settings):
-        if field.name == "model_sha256":  # which earlier versions did not write
-            content.setdefault(field.name, None)
         if field.name not in content:
             raise ValueError(f"{path}: was without {field.name}, must be of a run of train.py")
         value = content[field.name]

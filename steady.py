@@ -45,7 +45,9 @@ class Steady:
             self._slot = torch.zeros(1, dtype=torch.long, device=device)  # of the new token
             self._slots = torch.arange(cache.config.window, device=device)
         model.rope.table(device, cache.config.window)  # made here, not within a graph
-        buffers = [*cache._keys.values(), *cache._values.values(), self._slot, self._slots]
+        buffers = [self._slot, self._slots]
+        buffers += cache._keys.values()
+        buffers += cache._values.values()
         for buffer in buffers:
             # A CUDA graph uses these where they are, and copies whatever else it is given.
             torch._dynamo.mark_static_address(buffer)

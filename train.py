@@ -41,6 +41,7 @@ from data import (
     IGNORE,
     Data,
     Row,
+    check_bin_dtype,
     collate,
     data_files,
     read_bins,
@@ -53,7 +54,7 @@ from levels import LevelsAttention, LevelsConfig
 from lora import add_lora, load_adapter, merge_lora, save_adapter
 from model import Attend, Llama, causal_attention
 from settings import Settings, check_new, choose_settings, make_parser, merges_at_once
-from weights import Tokenizer, fingerprint, load_model, load_tokenizer, save_model
+from weights import NAMES, Tokenizer, fingerprint, load_model, load_tokenizer, save_model
 from weights.files import (
     damaged,
     read_json_lines,
@@ -150,7 +151,7 @@ def choose_tokenizer(settings: Settings) -> Tokenizer | None:
     if name is None:
         return load_tokenizer(settings.model)
     if not name.startswith("train:"):
-        if name not in ("tiny", "smollm2") and not Path(name).exists():
+        if name not in NAMES and not Path(name).exists():
             raise FileNotFoundError(f"--tokenizer: was {name!r}, must be a name or a path")
         return load_tokenizer(name)
     size = name.removeprefix("train:")
@@ -172,8 +173,8 @@ def read_data(settings: Settings, tokenizer: Tokenizer | None, vocab: int, seq_l
         files = data_files(settings.data)
     if any(file.suffix == ".bin" for file in files):
         return read_bins(files, settings.bin_dtype, vocab, seq_len, share)
-    if settings.bin_dtype and settings.data_sha256 is None:  # a run that has begun may have it
-        raise ValueError(f"--bin-dtype: was {settings.bin_dtype}, must be with .bin files alone")
+    if settings.data_sha256 is None:  # a run that has begun may have it
+        check_bin_dtype(files, settings.bin_dtype)
     if tokenizer is None:
         raise ValueError("--tokenizer: was not given with --init, must be a path or train:SIZE")
     if settings.sft:
@@ -551,7 +552,7 @@ def save_merged(
 def prepare(settings: Settings, resume: bool) -> tuple[Trainer, Tokenizer | None]:
     """A run at its start, or where it stopped; ValueError or OSError if it cannot be."""
     out = Path(settings.out)
-    begun = has_begun(out, resume)
+    begun = check_out(out, resume)
     device = cli.choose_device(settings.device)
     dtype = cli.choose_dtype(settings.dtype, device)
     model = make_model(settings, device, dtype)
@@ -627,7 +628,7 @@ def lock(out: Path) -> int | None:
     return descriptor
 
 
-def has_begun(out: Path, resume: bool) -> bool:
+def check_out(out: Path, resume: bool) -> bool:
     """Whether a folder holds a run to resume; FileExistsError where it holds anything else.
 
     What a killed start has left there is removed.
@@ -705,12 +706,6 @@ def describe(trainer: Trainer) -> str:
 
 def train(settings: Settings, resume: bool) -> None:
     """Train, and write what was trained; a signal ends it early."""
-    with alone_in(Path(settings.out)):
-        run(settings, resume)
-
-
-def run(settings: Settings, resume: bool) -> None:
-    """Train, in a folder that no other process trains in."""
     trainer, tokenizer = prepare(settings, resume)
     print(describe(trainer))
     stopped_by = trainer.run()
@@ -741,7 +736,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if merges_at_once(settings):
         merge(settings.model, settings.adapter, Path(settings.merge))
     else:
-        train(settings, resume)
+        with alone_in(Path(settings.out)):
+            train(settings, resume)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
         full = peers.fill_their_cache(model, tokens)
         times: dict[str, list[float]] = {"transformers": [], "with FreqKV": [], "model.py": []}
         for _ in range(TURNS):
-            step = peers.make_their_reader(host, full)
-            times["transformers"] += time_tokens(step, TOKENS, torch.device("cpu"))
+            reader = peers.make_their_reader(host, full)
+            times["transformers"] += time_tokens(reader, TOKENS, torch.device("cpu"))
             attach(host, config)
-            step = peers.make_their_reader(host, talk)
-            times["with FreqKV"] += time_tokens(step, TOKENS, torch.device("cpu"))
+            reader = peers.make_their_reader(host, talk)
+            times["with FreqKV"] += time_tokens(reader, TOKENS, torch.device("cpu"))
             detach(host)
-            step = peers.make_reader(model, own)
-            times["model.py"] += time_tokens(step, TOKENS, torch.device("cpu"))
+            reader = peers.make_reader(model, own)
+            times["model.py"] += time_tokens(reader, TOKENS, torch.device("cpu"))
         full_bytes = peers.count_cache_bytes(model, tokens)
         sizes = [full_bytes, talk.freqkv.nbytes, own.nbytes]
         for (name, seconds), size in zip(times.items(), sizes, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from data import by_content, data_files, encode_document, map_bin
+from data import by_content, check_bin_dtype, data_files, encode_document, map_bin
 from experiments.operators import average, by_layer, high
 from experiments.report import Journal, Record, mean_interval
 from freqkv import FreqKVConfig
@@ -170,8 +170,7 @@ def read_documents(
         return [Document("held-out source of Python", read_held_out(tokenizer))]
     documents = []
     files = data_files(patterns)
-    if bin_dtype is not None and not any(file.suffix == ".bin" for file in files):
-        raise ValueError(f"--bin-dtype: was {bin_dtype}, must be with .bin files alone")
+    check_bin_dtype(files, bin_dtype)
     for file in files:
         if file.suffix == ".bin":
             tokens = map_bin(file, bin_dtype, vocab)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from data import data_files, hash_tokenizer
+from data import data_files
 from experiments import harness, report
 from experiments.harness import Strategy
 from experiments.metrics import ONE_LINE, PLAIN, TASKS
@@ -34,6 +34,7 @@ from generate import Sampling, encode_message, encode_text, read, read_token, wr
 from model import Llama
 from weights import Tokenizer, chat_stops
 from weights.files import read_json, read_text, write_beside
+from weights.fingerprint import hash_tokenizer
 
 # Grey and hatching of the first bar, the second, ...: told apart in black and white.
 FILLS = [("1", ""), ("0.3", ""), ("0.75", "///"), ("1", "..."), ("0.5", "xx"), ("0.9", "\\\\\\")]
@@ -282,25 +283,29 @@ def average_scores(
     for strategy in strategies:
         own = [row for row in rows if row["strategy"] == strategy.name]
         scores = []
-        for task in [*tasks, "average"]:
-            group = [row for row in own if task in (row["task"], "average")]
-            if task == "average":
-                metric = ""
-                score = fmean(scores)
-            else:
-                metric, _ = TASKS[task]
-                score = fmean(row["score"] for row in group)
-                scores.append(score)
-            result = {
-                "strategy": strategy.name,
-                "task": task,
-                "metric": metric,
-                "score": score,
-                "records": len(group),
-                "cut": sum(row["read"] < row["tokens"] for row in group),
-            }
-            results.append(result | strategy.settings())
+        for task in tasks:
+            group = [row for row in own if row["task"] == task]
+            metric, _ = TASKS[task]
+            scores.append(fmean(row["score"] for row in group))
+            results.append(summarize(strategy, task, metric, scores[-1], group))
+        results.append(summarize(strategy, "average", "", fmean(scores), own))
     return results
+
+
+def summarize(
+    strategy: Strategy, task: str, metric: str, score: float, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a strategy scores in some answers, and how many of their prompts were cut."""
+    cut = [row for row in rows if row["read"] < row["tokens"]]
+    result = {
+        "strategy": strategy.name,
+        "task": task,
+        "metric": metric,
+        "score": score,
+        "records": len(rows),
+        "cut": len(cut),
+    }
+    return result | strategy.settings()
 
 
 def format_scores(results: Sequence[dict[str, Any]]) -> str:

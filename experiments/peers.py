@@ -222,19 +222,19 @@ def make_their_reader(twin: Any, cache: Any) -> Reader:
     name = "cache" if "cache" in known else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": 1}
 
-    def step(tokens: Tensor) -> Tensor:
+    def read(tokens: Tensor) -> Tensor:
         return twin(tokens, **options).logits[:, -1]
 
-    return step
+    return read
 
 
-def other_steps(
+def other_readers(
     model: Llama, lengths: Sequence[int], more: int
 ) -> Iterator[tuple[str, int, Reader]]:
-    """What FreqKV is beside: a name, how many tokens were read, and a step after them.
+    """What FreqKV is beside: a name, how many tokens were read, and what reads on after them.
 
-    A step can read `more` tokens. What does not fit into memory, or is not installed, is left out,
-    with a line that says so. Drop a step, and with it its cache, before you ask for the next one.
+    A reader can read `more` tokens. What does not fit into memory, or is not installed, is left
+    out, with a line that says so. Drop a reader, and its cache with it, before you ask for another.
     """
     for tokens in lengths:
         if fits_memory("full cache", model, tokens):

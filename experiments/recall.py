@@ -88,7 +88,11 @@ def tracking(rng: Random) -> Task:
     a, b, c, d = rng.choice(LETTERS, 4, replace=False)
     x, y = draw_keys(rng, 2)
     facts = [f"VAR {a} = {x}", f"VAR {b} = {y}", f"VAR {c} = VAR {a}", f"VAR {d} = VAR {b}"]
-    name, value = (c, x) if rng.integers(2) else (d, y)
+    name = d
+    value = y
+    if rng.integers(2):
+        name = c
+        value = x
     return Task(facts, f"What is the value of VAR {name}? The value of VAR {name} is ", value)
 
 
@@ -342,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
             records += average_trials(strategy, task, trials, distances, journal)
 
     for task in args.tasks:
-        print(format_recall([record for record in records if record["task"] == task]), end="\n\n")
+        own = [record for record in records if record["task"] == task]
+        print(format_recall(own), end="\n\n")
     report.write_results(folder, "recall", records, vars(args) | harness.describe_place(model))
     if args.plot:
         report.draw_picture(folder / "recall.png", draw_recall, records, "loss")
@@ -381,7 +386,8 @@ def draw_recall(figure: Any, records: Sequence[Record], field: str) -> None:
     figure.set_size_inches(3 + 4.2 * len(tasks), 4.2)
     row = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(row, tasks, strict=True):
-        groups = report.group_by_strategy(record for record in records if record["task"] == task)
+        own = [record for record in records if record["task"] == task]
+        groups = report.group_by_strategy(own)
         curves = {}
         for number, (name, group) in enumerate(groups.items()):
             x = [record["distance"] for record in group]

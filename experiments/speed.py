@@ -118,13 +118,13 @@ def time_calls(
     return seconds
 
 
-def time_tokens(step: peers.Reader, count: int, device: torch.device) -> list[float]:
+def time_tokens(reader: peers.Reader, count: int, device: torch.device) -> list[float]:
     """Seconds of each of `count` greedy tokens, after WARM that are not timed."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def write_token() -> None:
         nonlocal token
-        token = step(token).argmax(-1, keepdim=True)
+        token = reader(token).argmax(-1, keepdim=True)
 
     return time_calls(write_token, count, device, WARM)
 
@@ -136,8 +136,8 @@ def time_rounds(model: Llama, schedule: FreqKVConfig, tokens: int) -> list[float
     seconds = []
     for _ in range(1 + ROUNDS):
         cache = peers.fill_freqkv_cache(model, tokens, schedule)
-        step = peers.make_reader(model, cache)
-        seconds += time_calls(partial(step, token), 1, device, warm=0)
+        reader = peers.make_reader(model, cache)
+        seconds += time_calls(partial(reader, token), 1, device, warm=0)
         cache.reset()  # its memory is free before the next one is filled
     return seconds[1:]  # the first also made the matrices
 
@@ -152,8 +152,8 @@ def time_freqkv(
     """
     end = find_round(schedule, tokens)
     cache = peers.fill_freqkv_cache(model, end - count - WARM, schedule)
-    step = peers.make_reader(model, cache)
-    between = time_tokens(step, count, model.norm.weight.device)
+    reader = peers.make_reader(model, cache)
+    between = time_tokens(reader, count, model.norm.weight.device)
     cache.reset()
     return between, time_rounds(model, schedule, end)
 
@@ -175,12 +175,12 @@ def time_compiled(
     end = find_round(schedule, tokens)
     read_token = Steady(model, peers.fill_freqkv_cache(model, end - count - WARM, schedule))
 
-    def step(tokens: Tensor) -> Tensor:
+    def reader(tokens: Tensor) -> Tensor:
         return read_token(tokens[:, 0])
 
-    between = time_tokens(step, count, device)
+    between = time_tokens(reader, count, device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return between, time_calls(partial(step, token), 1, device, warm=0)
+    return between, time_calls(partial(reader, token), 1, device, warm=0)
 
 
 def run_apart(call: Callable[..., Record], *arguments: Any) -> Record:
@@ -224,8 +224,8 @@ def decode(setup: Setup) -> list[Record]:
             record["peer"] += ", compiled"
             print_tokens(record)
             records.append(record)
-    for peer, tokens, step in peers.other_steps(model, sizes.lengths, sizes.steps + WARM):
-        seconds = time_tokens(step, sizes.steps, setup.device)
+    for peer, tokens, reader in peers.other_readers(model, sizes.lengths, sizes.steps + WARM):
+        seconds = time_tokens(reader, sizes.steps, setup.device)
         record = {
             "peer": peer,
             "tokens": tokens,
@@ -235,7 +235,7 @@ def decode(setup: Setup) -> list[Record]:
         }
         print_tokens(record)
         records.append(record)
-        del step  # and its cache, before the next one is filled
+        del reader  # and its cache, before the next one is filled
     return records
 
 
@@ -272,8 +272,8 @@ def roofline(setup: Setup) -> list[Record]:
         before = measure_bandwidth(sizes.bandwidth, setup.device)
         schedule = make_schedule(sizes.windows[0], model.config)
         cache = peers.fill_freqkv_cache(model, schedule.window - sizes.steps - WARM, schedule)
-        step = peers.make_reader(model, cache)
-        seconds = median(time_tokens(step, sizes.steps, setup.device))
+        reader = peers.make_reader(model, cache)
+        seconds = median(time_tokens(reader, sizes.steps, setup.device))
         total = count_token_bytes(model, schedule.window)
         after = measure_bandwidth(sizes.bandwidth, setup.device)
         bandwidth = max(before, after)  # it varies
@@ -286,7 +286,7 @@ def roofline(setup: Setup) -> list[Record]:
                 "share": total / bandwidth / seconds,
             }
         )
-        del model, cache, step  # before the next one is loaded
+        del model, cache, reader  # before the next one is loaded
     return records
 
 
@@ -364,10 +364,10 @@ def prefill(setup: Setup) -> list[Record]:
     count = min(CHUNK, min(reads) // 2)
     part = torch.randint(model.config.vocab_size, (1, count), device=setup.device)
     starts = [tokens - count for tokens in reads]
-    for peer, start, step in peers.other_steps(model, starts, 2 * count):
-        [seconds] = time_calls(partial(step, part), 1, setup.device, warm=1)
+    for peer, start, reader in peers.other_readers(model, starts, 2 * count):
+        [seconds] = time_calls(partial(reader, part), 1, setup.device, warm=1)
         records.append({"peer": peer, "tokens": start + count, "rate": count / seconds})
-        del step  # and its cache, before the next one is filled
+        del reader  # and its cache, before the next one is filled
     return records
 
 

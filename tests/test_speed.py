@@ -273,7 +273,7 @@ def test_the_clock_waits_for_the_device(monkeypatch):
 def test_the_longest_token_of_decoding_meets_a_round(setup, clock, monkeypatch):
     clock.takes(monkeypatch, Llama, "hidden", 1)
     clock.takes(monkeypatch, FreqKVCache, "_compress", 10)
-    monkeypatch.setattr(peers, "other_steps", lambda *arguments: iter(()))
+    monkeypatch.setattr(peers, "other_readers", lambda *arguments: iter(()))
     for record in speed.decode(setup):
         assert record["ms"] == 1000
         assert record["longest_ms"] == 21_000  # two layers
@@ -297,7 +297,7 @@ def test_all_slots_are_in_use_at_the_end_of_a_text(monkeypatch):
 
 def test_decoding_by_a_compiled_graph(setup, monkeypatch):
     monkeypatch.setattr(steady, "compile_step", compile_eagerly)
-    monkeypatch.setattr(peers, "other_steps", lambda *arguments: iter(()))
+    monkeypatch.setattr(peers, "other_readers", lambda *arguments: iter(()))
     records = speed.decode(replace(setup, compiled=True))
     windows = setup.sizes.windows
     compiled = [record for record in records if record["peer"].endswith(", compiled")]
@@ -344,7 +344,7 @@ def test_the_longest_token_of_the_others_is_the_longest(setup, clock, monkeypatc
         clock.now += next(seconds)
         return torch.zeros(1, 50)
 
-    monkeypatch.setattr(peers, "other_steps", lambda *arguments: iter([("it", 40, step)]))
+    monkeypatch.setattr(peers, "other_readers", lambda *arguments: iter([("it", 40, step)]))
     [record] = speed.decode(replace(setup, sizes=sizes))
     assert (record["peer"], record["ms"], record["longest_ms"]) == ("it", 2000, 3000)
 

@@ -50,6 +50,7 @@ __all__ = [
 
 # Of tokenizers. Where both are there, tokens were added to the first; transformers reads it too.
 READERS = {"tokenizer.json": tokenizer_json, "tokenizer.model": tokenizer_model}
+NAMES = ("tiny", "smollm2")  # which `find` knows
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""What tells one model from another."""
+"""What tells one model from another, and one tokenizer."""
 
 import hashlib
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model import Llama
+from weights.tokenizer import Tokenizer
 
 
 def fingerprint(model: Llama, leave_out: str | None = None) -> str:
@@ -23,6 +24,14 @@ def fingerprint(model: Llama, leave_out: str | None = None) -> str:
         some = torch.cat((values[::step], values[-8:]))
         digest.update(some.float().cpu().numpy().tobytes())
         digest.update(str(_sum_bits(values)).encode())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer was read from, and of its template."""
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    for file in tokenizer.files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

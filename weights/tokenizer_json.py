@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from weights.declaration import Declaration
-from weights.files import read_json
 from weights.tokenizer import ACROSS, Tokenizer, no_files
 
 # How Llama 3 splits text before it merges bytes; part of its published tokenizer.
@@ -17,15 +16,17 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# A key, and no text: within a text its quotes would be escaped.
+PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"([^"]+)"')
 
 
 def read(path: Path, declaration: Declaration) -> Tokenizer:
     """The tokenizer in a tokenizer.json."""
     tokenizers = import_tokenizers(path)
-    model = read_json(path).get("model")
-    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    prefix = PREFIX.search(path.read_bytes())
     if prefix:  # the package ends the process where a piece lacks it
-        raise ValueError(f"{path}: continuing_subword_prefix was {prefix!r}, must be null")
+        text = prefix[1].decode(errors="replace")
+        raise ValueError(f"{path}: continuing_subword_prefix was {text!r}, must be null")
     try:
         merges = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
